@@ -1,0 +1,1 @@
+"""Llama in torch: inference, post-training and reward scoring as Llama Stack providers."""

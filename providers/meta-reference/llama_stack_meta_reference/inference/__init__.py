@@ -1,0 +1,1 @@
+"""Inference over the Llama network: cache, scheduler, sampler and engine."""
