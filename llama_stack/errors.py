@@ -1,14 +1,16 @@
 """Every error that a caller of the stack can see, each once, with its HTTP status and its code.
 
-Code raises from here and never builds a response; only ``llama_stack.server`` turns an error into HTTP, as one RFC 9457
-problem document with an OpenAI-shaped ``error`` member. Anything that is not a ``StackError`` is our own bug: it is logged
-in full and answered 500 without its text. The tree::
+Code raises from here and never builds a response; only ``llama_stack.server`` turns an error into HTTP, as one
+RFC 9457 problem document with an OpenAI-shaped ``error`` member. Anything that is not a ``StackError`` is our own bug:
+it is logged in full and answered 500 without its text. The tree::
 
     StackError
     ├── RequestError                       the caller must change the request
     │   ├── MalformedJsonError             400  the body is not JSON that we can carry
+    │   │   └── NestingTooDeepError
     │   ├── UnauthenticatedError           401
     │   ├── ForbiddenError                 403
+    │   │   └── CrossOriginError
     │   ├── NotFoundError                  404  no such resource
     │   │   ├── ModelNotFoundError
     │   │   └── RouteNotFoundError
@@ -281,8 +283,8 @@ class ContextLengthError(InvalidRequestError):
 
     def __init__(self, prompt_tokens: int, context_tokens: int) -> None:
         super().__init__(
-            f"the prompt has {prompt_tokens} tokens and the context holds {context_tokens}, one of them for the answer; "
-            f"shorten the prompt by at least {prompt_tokens + 1 - context_tokens}",
+            f"the prompt has {prompt_tokens} tokens and the context holds {context_tokens}, one of them for the "
+            f"answer; shorten the prompt by at least {prompt_tokens + 1 - context_tokens}",
             extra={"prompt_tokens": prompt_tokens, "context_tokens": context_tokens},
         )
 

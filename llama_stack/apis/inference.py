@@ -1,0 +1,160 @@
+"""The Inference API: continue texts and answer dialogs, one at a time, in batches, whole or streamed."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+from pydantic import Field
+
+from .common import (
+    BaseModelName,
+    ChatModelName,
+    Content,
+    Dialog,
+    Items,
+    JsonObject,
+    MaxTokens,
+    Maybe,
+    SamplingParams,
+    Schema,
+    StopReason,
+    ToolCall,
+    ToolDefinition,
+)
+from .contract import Api, post
+from .models import ServedModel
+
+
+class CompletionRequest(Schema):
+    """Continue a text with a base model."""
+
+    content: Content
+    model: BaseModelName
+    sampling_params: SamplingParams = SamplingParams()
+    max_tokens: MaxTokens = 0
+    stream: bool = False
+    logprobs: bool = False
+
+
+class CompletionResponse(Schema, title="Normal completion response."):
+    """The continuation. ``logprobs`` holds ``{tokens, token_logprobs, top_logprobs, text_offset}`` (spec rule G13)."""
+
+    content: Content
+    stop_reason: Maybe[StopReason] = None
+    logprobs: Maybe[JsonObject] = None
+
+
+class CompletionResponseStreamChunk(Schema, title="streamed completion response."):
+    """A piece of the continuation; the last one carries the reason for the stop."""
+
+    text_delta: str
+    stop_reason: Maybe[StopReason] = None
+    logprobs: Maybe[JsonObject] = None
+
+
+class BatchCompletionRequest(Schema):
+    """Continue several texts with one base model."""
+
+    model: BaseModelName
+    content_batch: Items[Content]
+    sampling_params: SamplingParams = SamplingParams()
+    max_tokens: MaxTokens = 0
+    logprobs: bool = False
+
+
+class ChatCompletionRequest(Schema):
+    """Answer a dialog with a chat model."""
+
+    model: ChatModelName
+    dialog: Dialog
+    sampling_params: SamplingParams = SamplingParams()
+    available_tools: Items[ToolDefinition] = Field(default_factory=list)
+    max_tokens: MaxTokens = 0
+    stream: bool = False
+    logprobs: bool = False
+
+
+class ChatCompletionResponse(Schema, title="Normal chat completion response."):
+    """The answer: text, calls of tools, or both."""
+
+    content: Content
+    stop_reason: Maybe[StopReason] = None
+    tool_calls: Items[ToolCall]
+    logprobs: Maybe[JsonObject] = None
+
+
+class ChatCompletionResponseStreamChunk(
+    Schema, title="Streamed chat completion response. The actual response is a series of such objects."
+):
+    """A piece of the answer: text, or one whole tool call; the last one carries the reason for the stop."""
+
+    text_delta: str
+    stop_reason: Maybe[StopReason] = None
+    tool_call: Maybe[ToolCall] = None
+
+
+class BatchChatCompletionRequest(Schema):
+    """Answer several dialogs with one chat model."""
+
+    model: ChatModelName
+    batch_dialogs: Items[Dialog]
+    sampling_params: SamplingParams = SamplingParams()
+    available_tools: Items[ToolDefinition] = Field(default_factory=list)
+    max_tokens: MaxTokens = 0
+    logprobs: bool = False
+
+
+class EmbeddingsRequest(Schema):
+    """Turn texts into vectors."""
+
+    model: Annotated[str, Field(min_length=1, max_length=255)]
+    contents: Items[str]
+
+
+class EmbeddingsResponse(Schema):
+    """One vector a text, in the order of the texts."""
+
+    embeddings: list[list[float]]
+
+
+class Inference(Api, name="inference", routed_by="model"):
+    """Text generation by Llama models.
+
+    Every operation raises ``ModelNotFoundError`` when no provider serves the model, ``ContextLengthError`` when the
+    prompt does not fit, ``InvalidRequestError`` for attachments that the model cannot read, and ``OverloadedError``
+    when the queue is full. Closing a returned iterator, or cancelling the call, stops the work within one decode step.
+    """
+
+    @abstractmethod
+    async def models(self) -> list[ServedModel]:
+        """The models that this provider serves now, aliases included."""
+
+    async def owns(self, resource: str) -> bool:
+        """Whether this provider serves the model."""
+        return any(model.model == resource for model in await self.models())
+
+    @post("/inference/completion")
+    async def completion(
+        self, request: CompletionRequest
+    ) -> CompletionResponse | AsyncIterator[CompletionResponseStreamChunk]:
+        """Continue a text."""
+
+    @post("/inference/chat_completion")
+    async def chat_completion(
+        self, request: ChatCompletionRequest
+    ) -> ChatCompletionResponse | AsyncIterator[ChatCompletionResponseStreamChunk]:
+        """Answer a dialog."""
+
+    @post("/inference/batch_completion")
+    async def batch_completion(self, request: BatchCompletionRequest) -> AsyncIterator[CompletionResponse]:
+        """Continue several texts; one line each, in the order of the request, as each is ready."""
+
+    @post("/inference/batch_chat_completion")
+    async def batch_chat_completion(self, request: BatchChatCompletionRequest) -> AsyncIterator[ChatCompletionResponse]:
+        """Answer several dialogs; one line each, in the order of the request, as each is ready."""
+
+    @post("/inference/embeddings", extension=True)
+    async def embeddings(self, request: EmbeddingsRequest) -> EmbeddingsResponse:
+        """Turn texts into vectors of one length."""
