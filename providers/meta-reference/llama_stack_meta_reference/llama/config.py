@@ -1,7 +1,7 @@
 """The sizes of a Llama network, read from Meta's ``params.json`` or from Hugging Face's ``config.json``.
 
-Only the Llama 3 text family is accepted (3, 3.1, 3.2, 3.3). A field that would change the network in a way that model.py does not know
-is refused by its name: a silently ignored field gives wrong answers, not an error.
+Only the Llama 3 text family is accepted (3, 3.1, 3.2, 3.3). A field that would change the network in a way that
+model.py does not know is refused by its name: a silently ignored field gives wrong answers, not an error.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from llama_stack.errors import CheckpointError
 _LLAMA_3_CONTEXT = 8192
 _LLAMA_3_1_CONTEXT = 131072
 
-# Llama 3.2 text models share params.json's ``use_scaled_rope: true`` with 3.1, yet stretch by 32 where 3.1 stretches by 8.
-# Only their sizes (dim, n_layers) tell them apart.
+# Llama 3.2 text models share params.json's ``use_scaled_rope: true`` with 3.1, yet stretch by 32 where 3.1 stretches by
+# 8. Only their sizes (dim, n_layers) tell them apart.
 _LLAMA_3_2_SIZES = frozenset({(2048, 16), (3072, 28)})
 
 # No published size comes near these; they stop a hostile file from asking for a network of 10^9 layers.
@@ -60,14 +60,14 @@ class RopeScaling:
     def __post_init__(self) -> None:
         if self.factor < 1 or self.low_freq_factor <= 0 or self.high_freq_factor <= self.low_freq_factor:
             raise CheckpointError(
-                f"rope scaling needs factor >= 1 and 0 < low_freq_factor < high_freq_factor; found factor {self.factor}, "
-                f"low_freq_factor {self.low_freq_factor}, high_freq_factor {self.high_freq_factor}"
+                f"rope scaling needs factor >= 1 and 0 < low_freq_factor < high_freq_factor; "
+                f"found factor {self.factor}, low_freq_factor {self.low_freq_factor}, high_freq_factor {self.high_freq_factor}"
             )
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Everything that decides the shape of a Llama network and of its rotary angles. Sizes count elements, contexts tokens."""
+    """What decides the shape of a Llama network and its rotary angles. Sizes count elements, contexts tokens."""
 
     dim: int
     n_layers: int
@@ -110,11 +110,13 @@ class LlamaConfig:
 
     @classmethod
     def from_meta(cls, params: Mapping[str, Any], *, tied_embeddings: bool = False) -> LlamaConfig:
-        """Read Meta's ``params.json``; whether embeddings are tied is known only from the weights (no ``output.weight``).
+        """Read Meta's ``params.json``; whether embeddings are tied is known only from the weights (no
+        ``output.weight``).
 
-        The width of the feed-forward layer follows Meta's reference: two thirds of 4 x dim, times ``ffn_dim_multiplier``, rounded up to
-        a multiple of ``multiple_of``. Scaled rope follows the published models: factor 8 in 3.1 and 3.3, factor 32 in 3.2's text models;
-        the optional ``rope_scaling_factor``, ``rope_low_freq_factor``, ``rope_high_freq_factor`` and ``rope_original_context`` override it.
+        The width of the feed-forward layer follows Meta's reference: two thirds of 4 x dim, times
+        ``ffn_dim_multiplier``, rounded up to a multiple of ``multiple_of``. Scaled rope follows the published models:
+        factor 8 in 3.1 and 3.3, factor 32 in 3.2's text models; the optional ``rope_scaling_factor``,
+        ``rope_low_freq_factor``, ``rope_high_freq_factor`` and ``rope_original_context`` override it.
 
         Raises CheckpointError for a missing, wrongly typed or unsupported field.
         """
@@ -153,9 +155,11 @@ class LlamaConfig:
 
     @classmethod
     def from_hugging_face(cls, config: Mapping[str, Any]) -> LlamaConfig:
-        """Read Hugging Face's ``config.json``, with rope given as ``rope_parameters`` or as ``rope_theta`` and ``rope_scaling``.
+        """Read Hugging Face's ``config.json``, with rope given as ``rope_parameters`` or as ``rope_theta`` and
+        ``rope_scaling``.
 
-        Raises CheckpointError for a missing, wrongly typed or unsupported field, and for every model type but ``llama``.
+        Raises CheckpointError for a missing, wrongly typed or unsupported field, and for every model type but
+        ``llama``.
         """
         fields = _Fields("config.json", config)
         if config.get("model_type") != "llama":
@@ -171,7 +175,8 @@ class LlamaConfig:
         dim, n_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
         if config.get("head_dim") is None and (n_heads < 1 or dim % n_heads):
             raise CheckpointError(
-                f"config.json: num_attention_heads must divide hidden_size where head_dim is not given; found {dim} and {n_heads}"
+                f"config.json: num_attention_heads must divide hidden_size where head_dim is not given; "
+                f"found {dim} and {n_heads}"
             )
         max_context = fields.integer("max_position_embeddings")
         rope_theta, rope_scaling = _hugging_face_rope(fields, max_context)
@@ -191,7 +196,7 @@ class LlamaConfig:
         )
 
     def to_hugging_face(self) -> dict[str, Any]:
-        """Give the content of a ``config.json`` that ``from_hugging_face`` and other programs read back to the same sizes."""
+        """Give the content of a ``config.json`` that ``from_hugging_face`` reads back to the same sizes."""
         rope_scaling = None
         if self.rope_scaling is not None:
             rope_scaling = {

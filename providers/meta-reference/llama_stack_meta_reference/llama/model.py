@@ -1,11 +1,11 @@
 """The Llama 3 network (Grattafiori et al. 2024, arXiv:2407.21783), once: training and inference run these same modules.
 
-Weights carry Meta's names. Rotary angles turn the first half of a head against its second half, Hugging Face's order; checkpoint.py
-reorders Meta's weights, which turn neighbours. What is cached, where and for which requests is the cache's business (inference/kv_cache.py):
-the network sees only a ``CacheView``.
+Weights carry Meta's names. Rotary angles turn the first half of a head against its second half, Hugging Face's order;
+checkpoint.py reorders Meta's weights, which turn neighbours. What is cached, where and for which requests is the
+cache's business (inference/kv_cache.py): the network sees only a ``CacheView``.
 
-Shape suffixes: B rows of the batch, T new tokens, S all tokens so far, H query heads, G key/value heads, K head width, D model width,
-F feed-forward width, V vocabulary, N weights of any shape.
+Shape suffixes: B rows of the batch, T new tokens, S all tokens so far, H query heads, G key/value heads, K head width,
+D model width, F feed-forward width, V vocabulary, N weights of any shape.
 """
 
 from __future__ import annotations
@@ -30,17 +30,19 @@ class CacheView(Protocol):
 
     @property
     def mask_B1TS(self) -> Tensor | None:
-        """True where a new token may look. None: a single new token sees everything, or T == S and attention is plainly causal."""
+        """True where a new token may look. None where T == 1 and it sees all S, or T == S and attention is causal."""
 
     def update(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new tokens of one layer; return (B, G, S, K) keys and values from position 0 on."""
 
 
 def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device | str) -> Tensor:
-    """Return (head_dim / 2,) float32 radians per position (Su et al. 2021, arXiv:2104.09864), stretched as Llama 3.1 does.
+    """Return (head_dim / 2,) float32 radians per position (Su et al. 2021, arXiv:2104.09864), stretched as Llama 3.1
+    does.
 
-    Stretching: a rotation that turns more than ``high_freq_factor`` times in the original context is left alone, one that turns less
-    than ``low_freq_factor`` times is slowed by ``factor``, and between the two the frequencies are blended linearly by turns.
+    Stretching: a rotation that turns more than ``high_freq_factor`` times in the original context is left alone, one
+    that turns less than ``low_freq_factor`` times is slowed by ``factor``, and between the two the frequencies are
+    blended linearly by turns.
     """
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     frequency = 1.0 / theta**exponent
@@ -52,7 +54,7 @@ def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None,
 
 
 def rotate(x_BHTK: Tensor, cosine_B1TK: Tensor, sine_B1TK: Tensor) -> Tensor:
-    """Turn each pair (i, i + K/2) of a head by its position's angle; the angles are float32, the result has the dtype of ``x``."""
+    """Turn each pair (i, i + K/2) of a head by its position's angle, in float32; return the dtype of ``x``."""
     first, second = x_BHTK.float().chunk(2, dim=-1)
     turned = x_BHTK * cosine_B1TK + torch.cat((-second, first), dim=-1) * sine_B1TK
     return turned.to(x_BHTK.dtype)
@@ -69,7 +71,7 @@ class RotaryAngles(nn.Module):
         self.register_buffer("frequency", self._frequencies(device), persistent=False)
 
     def forward(self, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cosine and sine, each (B, 1, T, head_dim) float32: broadcast over heads, the two halves of a head alike."""
+        """Return cosine and sine, each (B, 1, T, K) float32: for all heads, the two halves of a head alike."""
         # Angles in float32: bfloat16 holds whole numbers exactly only up to 256.
         angle = positions_BT[:, None, :, None].float() * self.frequency
         angle = torch.cat((angle, angle), dim=-1)
@@ -79,14 +81,14 @@ class RotaryAngles(nn.Module):
         return rotary_frequencies(self._config.head_dim, self._config.rope_theta, self._config.rope_scaling, device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         # model.to(bfloat16) rounds buffers too, and to_empty() leaves them blank: both would shift every position.
         self.frequency = self._frequencies(self.frequency.device)
         return self
 
 
 class RMSNorm(nn.Module):
-    """Scale to unit root mean square, in float32 whatever the dtype of the input (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+    """Scale to unit root mean square, in float32 whatever the input is (Zhang & Sennrich 2019, arXiv:1910.07467)."""
 
     def __init__(self, dim: int, eps: float, *, device: torch.device | str, dtype: torch.dtype) -> None:
         super().__init__()
@@ -130,7 +132,7 @@ class Attention(nn.Module):
         return output_BTD
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
 
 class FeedForward(nn.Module):
@@ -158,14 +160,16 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config, device=device, dtype=dtype)
 
     def forward(self, x_BTD: Tensor, cosine_B1TK: Tensor, sine_B1TK: Tensor, cache: CacheView | None) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), cosine_B1TK, sine_B1TK, cache)
-        return x_BTD + self.feed_forward(self.ffn_norm(x_BTD))
+        attended_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), cosine_B1TK, sine_B1TK, cache)
+        output_BTD: Tensor = attended_BTD + self.feed_forward(self.ffn_norm(attended_BTD))
+        return output_BTD
 
 
 class Llama(nn.Module):
     """A Llama network: token ids in, logits out.
 
-    On ``device="meta"`` it takes no memory until weights are assigned (checkpoint.py) or made by ``to_empty`` and ``initialize``.
+    On ``device="meta"`` it takes no memory until weights are assigned (checkpoint.py) or made by ``to_empty`` and
+    ``initialize``.
     """
 
     def __init__(self, config: LlamaConfig, *, device: torch.device | str, dtype: torch.dtype) -> None:
@@ -188,8 +192,9 @@ class Llama(nn.Module):
     def hidden(self, tokens_BT: Tensor, cache: CacheView | None = None) -> Tensor:
         """Return (B, T, D) normalised states in the model's dtype, from which ``logits`` makes predictions.
 
-        Without a cache each row is a whole sequence from position 0 on, and gradients flow. With one, the rows continue what the view
-        has stored, and their keys and values are added to it. Padding goes to the right: no token looks at what comes after it.
+        Without a cache each row is a whole sequence from position 0 on, and gradients flow. With one, the rows continue
+        what the view has stored, and their keys and values are added to it. Padding goes to the right: no token looks
+        at what comes after it.
         """
         if cache is None:
             positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
@@ -203,15 +208,17 @@ class Llama(nn.Module):
         return normalised_BTD
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return (..., V) float32 logits of (..., D) states: call it only where a token is sampled or a label stands."""
+        """Return (..., V) float32 logits of (..., D) states: ask only where a token is sampled or a label stands."""
         projection = self.tok_embeddings.weight if self.output is None else self.output.weight
         return F.linear(hidden, projection).float()
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator | None = None, *, std: float = 0.02) -> None:
-        """Fill all weights for training from scratch: normal, the two projections into the stream narrower by sqrt(2 x layers).
+        """Fill all weights for training from scratch: normal, the two projections into the stream narrower by sqrt(2 x
+        layers).
 
-        The narrowing keeps the stream's variance independent of depth (Radford et al. 2019, GPT-2, section 2.3). Norms start at one.
+        The narrowing keeps the stream's variance independent of depth (Radford et al. 2019, GPT-2, section 2.3). Norms
+        start at one.
         """
         narrow = std / math.sqrt(2 * self.config.n_layers)
         for name, weight_N in self.named_parameters():
