@@ -1,0 +1,61 @@
+# Everything a newcomer types. `make run` and `make test` set up what they need in .venv and nothing outside it.
+#
+#   WITH_CUDA=1       accept a CUDA build of torch (several GB)
+#   TORCH_INDEX=URL   take torch from this package index, such as PyTorch's own index of CPU builds
+
+PYTHON ?= python3
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
+LOCK := -c constraints.txt
+PROJECTS := $(wildcard providers/*/pyproject.toml)
+TORCH := torch==2.13.0
+ARGS ?=
+
+.PHONY: setup run test lint tiny bench-server docs clean help
+
+help:
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
+
+run: $(VENV)/.run ## start the tiny distribution on 127.0.0.1:8321 (ARGS="--port 9000" and the like are passed on)
+	@$(VENV)/bin/llama-stack run tiny $(ARGS)
+
+test: $(VENV)/.test ## run the whole suite (ARGS="-k name" and the like are passed on)
+	@$(VENV)/bin/python -m pytest -n 2 --dist worksteal -q $(ARGS)
+
+lint: $(VENV)/.test ## ruff and mypy, as CI runs them
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/mypy
+
+setup: $(VENV)/.test ## everything that run and test need, in .venv
+
+tiny: $(VENV)/.run ## train the tiny model again from generated data
+	@$(VENV)/bin/python -m llama_stack_meta_reference.tiny $(ARGS)
+
+bench-server: $(VENV)/.test ## the server's overhead against the smallest FastAPI app
+	@$(VENV)/bin/python benchmarks/server.py $(ARGS)
+
+clean: ## remove the environment
+	rm -rf $(VENV)
+
+# torch goes first and alone: asked for by its exact version it is a CPU build where one is at hand.
+$(VENV)/.torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "llama-stack needs Python 3.11 or newer")'
+	@echo "setting up $(VENV): torch ..."
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@test -n "$(WITH_CUDA)" || ! $(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --dry-run --ignore-installed --report - $(TORCH) 2>/dev/null \
+		| grep -qE '"name": *"(nvidia-|cuda-|triton)' || { \
+		echo "pip would take a CUDA build of torch here (several GB)."; \
+		echo "Set TORCH_INDEX to PyTorch's index of CPU builds, or WITH_CUDA=1 to accept the CUDA build."; exit 1; }
+	@$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(LOCK) $(TORCH)
+	@touch $@
+
+$(VENV)/.run: $(VENV)/.torch pyproject.toml $(PROJECTS)
+	@echo "setting up $(VENV): llama-stack and its providers ..."
+	@$(PIP) install $(LOCK) -e . $(foreach p,$(PROJECTS),-e $(dir $(p)))
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.run
+	@echo "setting up $(VENV): what the tests need ..."
+	@$(PIP) install $(LOCK) -e '.[test]'
+	@touch $@
