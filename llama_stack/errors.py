@@ -13,6 +13,7 @@ it is logged in full and answered 500 without its text. The tree::
     │   │   └── CrossOriginError
     │   ├── NotFoundError                  404  no such resource
     │   │   ├── ModelNotFoundError
+    │   │   ├── BlobNotFoundError
     │   │   └── RouteNotFoundError
     │   ├── MethodNotAllowedError          405
     │   ├── RequestTimeoutError            408
@@ -33,9 +34,13 @@ it is logged in full and answered 500 without its text. The tree::
     │   │   ├── OverloadedError
     │   │   ├── DrainingError
     │   │   ├── ProviderUnavailableError
-    │   │   └── EngineRestartedError
+    │   │   ├── EngineRestartedError
+    │   │   ├── StoreBusyError
+    │   │   ├── StoreUnavailableError
+    │   │   └── StoreFailedError           until a restart
     │   ├── DeadlineExceededError          504
-    │   └── StorageFullError               507
+    │   ├── StorageFullError               507
+    │   └── BlobCorruptError               500  what was stored is damaged
     └── SetupError                         the operator must change something before the stack starts
         ├── DistributionError              the YAML; carries every fault found
         ├── PluginError                    an installed plugin; names package, cause and remedy
@@ -44,7 +49,9 @@ it is logged in full and answered 500 without its text. The tree::
         ├── ProviderStartError             a required provider did not start
         ├── CheckpointError                a model folder that cannot be loaded
         └── StoreError                     the store cannot be opened
-            └── StoreTooNewError
+            ├── StoreTooNewError
+            ├── MigrationChangedError
+            └── MigrationFailedError
 """
 
 from __future__ import annotations
@@ -191,6 +198,16 @@ class ModelNotFoundError(NotFoundError):
         super().__init__(
             f"model {model!r} is not served here{nearest(model, served)}; served: {listed(served)}", param="model"
         )
+
+
+class BlobNotFoundError(NotFoundError):
+    """No blob of this digest is stored."""
+
+    code = "blob_not_found"
+    title = "Blob not found"
+
+    def __init__(self) -> None:
+        super().__init__("no blob of this digest is stored")
 
 
 class RouteNotFoundError(NotFoundError):
@@ -372,6 +389,30 @@ class EngineRestartedError(UnavailableError):
     title = "Engine restarted"
 
 
+class StoreBusyError(UnavailableError):
+    """Other requests, or another process, held the store for longer than a request waits; nothing was applied."""
+
+    code = "store_busy"
+    title = "Store busy"
+
+
+class StoreUnavailableError(UnavailableError):
+    """The database cannot be reached, or broke off; a change that was being committed may be applied or not."""
+
+    code = "store_unavailable"
+    title = "Store unavailable"
+
+
+class StoreFailedError(UnavailableError):
+    """The store could not make a change durable, and takes no other until the process is restarted."""
+
+    code = "store_failed"
+    title = "Store failed"
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"{reason}; no write is taken until the server is restarted", retry_after_seconds=30)
+
+
 class DeadlineExceededError(ServiceError):
     """The request's deadline passed before the first byte of an answer."""
 
@@ -386,6 +427,16 @@ class StorageFullError(ServiceError):
     status = 507
     code = "storage_full"
     title = "Storage full"
+
+
+class BlobCorruptError(ServiceError):
+    """The bytes of a stored blob are no longer those that were put."""
+
+    code = "blob_corrupt"
+    title = "Stored data damaged"
+
+    def __init__(self, digest: str) -> None:
+        super().__init__(f"blob {digest[:12]} is damaged on the disk; restore it from a backup, or put it again")
 
 
 class SetupError(StackError):
@@ -455,6 +506,45 @@ class StoreError(SetupError):
 
     code = "store"
     title = "Store cannot be used"
+
+
+class StoreTooNewError(StoreError):
+    """A newer version wrote the store; it was not touched."""
+
+    code = "store_too_new"
+    title = "Store too new"
+
+    def __init__(self, owner: str, *, found: int, known: int) -> None:
+        self.owner = owner
+        self.found = found
+        self.known = known
+        super().__init__(
+            f"the store's tables of {owner!r} are at migration {found} and this version knows {known}; "
+            "nothing was changed. Install the version that wrote them, or name another store"
+        )
+
+
+class MigrationChangedError(StoreError):
+    """A migration that the store has applied reads differently in the installed version; nothing was changed."""
+
+    code = "migration_changed"
+    title = "Migration changed"
+
+    def __init__(self, owner: str, number: int, description: str) -> None:
+        super().__init__(
+            f"migration {number} of {owner!r} ({description}) was edited after this store applied it; "
+            "nothing was changed. Put it back as it was released, and make the change a new migration"
+        )
+
+
+class MigrationFailedError(StoreError):
+    """A migration could not be applied; none of it was, and those before it stay."""
+
+    code = "migration_failed"
+    title = "Migration failed"
+
+    def __init__(self, owner: str, number: int, description: str, cause: str) -> None:
+        super().__init__(f"migration {number} of {owner!r} ({description}) failed and was undone: {cause}")
 
 
 def _by_code() -> dict[str, type[StackError]]:

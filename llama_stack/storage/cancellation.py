@@ -1,0 +1,46 @@
+"""Work that must not be abandoned half-way: a commit, a rollback, a thread that still writes to our file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+if TYPE_CHECKING:
+    import asyncio
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# asyncio and anyio are imported in the functions: listing what is installed imports this package and runs no loop.
+
+
+async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
+    """Run ``work`` to its end even when the caller is cancelled; the cancellation is raised again after it.
+
+    The caller gets the result of ``work``, or its exception, unless it was cancelled meanwhile.
+    """
+    import asyncio
+
+    import anyio
+
+    task = asyncio.create_task(work)
+    cancellation: asyncio.CancelledError | None = None
+    # A cancelled anyio scope cancels again at every await; the shield keeps that from turning this loop into a spin.
+    with anyio.CancelScope(shield=True):
+        while not task.done():
+            try:
+                await asyncio.wait({task})
+            except asyncio.CancelledError as error:
+                cancellation = error
+    if cancellation is not None:
+        if not task.cancelled():
+            task.exception()  # marked as seen: the cancellation is what the caller gets
+        raise cancellation
+    return task.result()
+
+
+async def in_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Run blocking ``work`` off the event loop, and to its end as ``to_the_end`` does."""
+    import asyncio
+
+    return await to_the_end(asyncio.to_thread(work, *args, **kwargs))

@@ -1,0 +1,176 @@
+"""The store that a distribution names: one database and one blob folder, divided among owners."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llama_stack.errors import StoreError
+from llama_stack.storage.blobs import Blobs
+from llama_stack.storage.cancellation import in_thread
+from llama_stack.storage.database import BUSY_TIMEOUT_SECONDS, Connections, Database, Health, owner_identifier
+from llama_stack.storage.files import make_private_folder
+from llama_stack.storage.migrations import CORE_MIGRATIONS, CORE_OWNER
+
+if TYPE_CHECKING:
+    from llama_stack.storage.postgresql import PostgresqlConnections
+    from llama_stack.storage.sqlite import SqliteConnections
+
+FORMS = "sqlite, sqlite:///ABSOLUTE/PATH, sqlite::memory: or postgresql://USER:PASSWORD@HOST:PORT/DATABASE"
+
+
+class Store:
+    """An open store. ``open_store`` makes it."""
+
+    def __init__(self, location: str, connections: Connections, health: Health, blobs_folder: Path) -> None:
+        self.location = location
+        """Where it is, for a line at the start and for readiness; never with a password."""
+        self._connections = connections
+        self._health = health
+        self._blobs_folder = blobs_folder
+        self._owners: dict[str, str] = {}
+
+    def database(self, owner: str) -> Database:
+        """The tables of ``owner``: lower-case words joined by ``- _ . /``, such as ``memory_banks.local``.
+
+        Raises ``ValueError`` for another form, and when two owners of this store would share their tables' names.
+        """
+        self._claim(owner)
+        return Database(owner, self._connections, self._health)
+
+    def blobs(self, owner: str) -> Blobs:
+        """The blob folder of ``owner``, named as for ``database``."""
+        return Blobs(self._blobs_folder / self._claim(owner), self._health)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the store takes writes. Once false on SQLite it stays so until a restart."""
+        return self._health.healthy
+
+    @property
+    def fault(self) -> str | None:
+        """Why the store takes no write until a restart, or None."""
+        return self._health.fault
+
+    async def probe(self) -> None:
+        """Read once, for readiness. Raises the ``StackError`` that a request would meet."""
+        self._health.require_writable()
+        async with self._connections.reading() as connection:
+            await connection.exec_driver_sql("SELECT 1")
+
+    def _claim(self, owner: str) -> str:
+        identifier = owner_identifier(owner)
+        if owner == CORE_OWNER:
+            raise ValueError(f"owner {owner!r} is the stack itself")
+        claimed = self._owners.setdefault(identifier, owner)
+        if claimed != owner:
+            raise ValueError(f"owners {claimed!r} and {owner!r} would share the names of their tables; rename one")
+        return identifier
+
+
+@asynccontextmanager
+async def open_store(
+    url: str, folder: Path, *, busy_timeout_seconds: float = BUSY_TIMEOUT_SECONDS
+) -> AsyncIterator[Store]:
+    """Open the store that ``url`` names; it is closed at the end of the block.
+
+    ``folder`` is the distribution's state folder, made with mode 0700 when missing. It holds the blobs and, for the url
+    ``sqlite``, the file ``store.sqlite``. With ``sqlite::memory:`` both lie in a temporary folder that goes with the
+    block.
+
+    Raises ``StoreError`` (a bad url, a file that is not ours), ``StoreTooNewError``, ``StoreUnavailableError``; no
+    message holds the url's password.
+    """
+    health = Health()
+    if url == "sqlite::memory:":
+        import tempfile
+
+        with tempfile.TemporaryDirectory(prefix="llama-stack-") as temporary:
+            path = Path(temporary) / "store.sqlite"
+            connections = await _open_sqlite(path, health, busy_timeout_seconds, durable=False)
+            async with _opened("sqlite::memory:", connections, health, Path(temporary) / "blobs") as store:
+                yield store
+        return
+    await in_thread(_make_folder, folder)
+    if url.startswith(("postgresql:", "postgres:")):
+        location = _redacted(url)
+        served = await _open_postgresql(url, location, health, busy_timeout_seconds)
+        async with _opened(location, served, health, folder / "blobs") as store:
+            yield store
+    else:
+        path = _sqlite_path(url, folder)
+        connections = await _open_sqlite(path, health, busy_timeout_seconds, durable=True)
+        async with _opened(str(path), connections, health, folder / "blobs") as store:
+            yield store
+
+
+@asynccontextmanager
+async def _opened(location: str, connections: Connections, health: Health, blobs_folder: Path) -> AsyncIterator[Store]:
+    try:
+        await Database(CORE_OWNER, connections, health).migrate(CORE_MIGRATIONS)
+        yield Store(location, connections, health, blobs_folder)
+    finally:
+        await connections.close()
+
+
+async def _open_sqlite(path: Path, health: Health, busy_timeout_seconds: float, *, durable: bool) -> SqliteConnections:
+    from llama_stack.storage.sqlite import SqliteConnections
+
+    connections = SqliteConnections(path, health, busy_timeout_seconds=busy_timeout_seconds, durable=durable)
+    await in_thread(connections.prepare)
+    return connections
+
+
+async def _open_postgresql(
+    url: str, location: str, health: Health, busy_timeout_seconds: float
+) -> PostgresqlConnections:
+    from llama_stack.storage.postgresql import PostgresqlConnections
+
+    connections = PostgresqlConnections(url, health, busy_timeout_seconds=busy_timeout_seconds)
+    await connections.prepare()
+    return connections
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        make_private_folder(folder)
+    except OSError as error:
+        raise StoreError(f"the state folder {folder} cannot be made: {error.strerror}") from error
+
+
+def _sqlite_path(url: str, folder: Path) -> Path:
+    """The file that an SQLite url names. Any number of slashes after ``sqlite://`` begins an absolute path."""
+    if url == "sqlite":
+        return folder / "store.sqlite"
+    scheme, _, rest = url.partition("://")
+    if scheme != "sqlite" or not rest.startswith("/"):
+        shown = _redacted(url) if "://" in url else scheme.partition(":")[0]
+        raise StoreError(f"storage.url {shown!r} is not understood; write {FORMS}")
+    if "?" in rest or "#" in rest:
+        raise StoreError("storage.url: an SQLite url takes no options; write sqlite:///ABSOLUTE/PATH")
+    from urllib.parse import unquote
+
+    path = Path("/" + unquote(rest).lstrip("/"))
+    if "\0" in str(path) or path.is_dir() or not path.name:
+        raise StoreError(f"storage.url names {str(path)!r}, which is not a file")
+    if not path.parent.is_dir():
+        raise StoreError(f"storage.url names {path}, and the folder {path.parent} does not exist; make it first")
+    return path
+
+
+def _redacted(url: str) -> str:
+    """``url`` without user, password and options. Raises ``StoreError``, showing none of it, when it cannot be taken
+    apart.
+    """
+    from urllib.parse import urlsplit
+
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+    except ValueError:
+        raise StoreError(f"storage.url is not a valid url; write {FORMS}") from None
+    if parts.scheme in ("postgresql", "postgres") and not (parts.netloc or "host=" in parts.query):
+        raise StoreError(f"storage.url names no host; write {FORMS}")
+    return f"{parts.scheme}://{host}{f':{port}' if port else ''}{parts.path}"
