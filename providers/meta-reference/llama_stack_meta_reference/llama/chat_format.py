@@ -6,10 +6,11 @@ The format (model cards of Llama 3.1 to 3.3)::
     <|start_header_id|>ROLE<|end_header_id|>\\n\\nCONTENT<|eot_id|>      a message; role tool is written ipython
     <|start_header_id|>assistant<|end_header_id|>\\n\\n                 what the model continues
 
-An assistant's tool calls are written as the model writes them itself: a function as ``{"name": ..., "parameters": ...}``,
-several of them separated by ``; `` (what Llama 3.1 to 3.3 do without being asked), a built-in tool as
-``<|python_tag|>brave_search.call(query="...")<|eom_id|>``, code as ``<|python_tag|>CODE<|eom_id|>``. Where a built-in tool
-is among several calls, each call has a ``<|python_tag|>`` of its own. ``tool_calls`` reads all of these back.
+An assistant's tool calls are written as the model writes them itself: a function as ``{"name": ..., "parameters":
+...}``, several of them separated by ``; `` (what Llama 3.1 to 3.3 do without being asked), a built-in tool as
+``<|python_tag|>brave_search.call(query="...")<|eom_id|>``, code as ``<|python_tag|>CODE<|eom_id|>``. Where a
+built-in tool is among several calls, each call has a ``<|python_tag|>`` of its own. ``tool_calls`` reads all of
+these back.
 
 No date is written into the prompt, though the model cards show one: a prompt must not change with the clock.
 """
@@ -20,17 +21,18 @@ import json
 import keyword
 from collections.abc import Iterator, Sequence
 
-from llama_stack.apis.common import Attachment, Content, Json, Message, ToolCall, ToolDefinition, ToolResponse
+from llama_stack.apis.common import Attachment, Content, Json, Message, ToolCall, ToolDefinition
 from llama_stack.errors import CheckpointError, InvalidRequestError
 
 from .tokenizer import SpecialToken, Tokenizer
 
+CODE_INTERPRETER = "code_interpreter"
 BUILT_IN_NAMES = {
     "web_search": "brave_search",
     "brave_search": "brave_search",
     "math": "wolfram_alpha",
     "wolfram_alpha": "wolfram_alpha",
-    "code_interpreter": "code_interpreter",
+    CODE_INTERPRETER: CODE_INTERPRETER,
 }
 """The tools that Llama 3.x was trained to call unasked, by the names they have here: what the model calls each."""
 
@@ -65,8 +67,8 @@ class ChatFormat:
     def encode_dialog(self, messages: Sequence[Message], tools: Sequence[ToolDefinition] = ()) -> list[int]:
         """The prompt that makes the model write the assistant's next message.
 
-        Raises ``InvalidRequestError``, naming the message, for what a text model cannot be told: attachments, tool calls
-        of another role than assistant, tool responses of another role than tool.
+        Raises ``InvalidRequestError``, naming the message, for what a text model cannot be told: attachments, tool
+        calls of another role than assistant, tool responses of another role than tool.
         """
         return self._ids(_dialog(messages, tools))
 
@@ -114,7 +116,7 @@ def system_text(text: str, tools: Sequence[ToolDefinition]) -> str:
         return text.strip()
     written = "Environment: ipython\n"
     built_in = [BUILT_IN_NAMES[tool.tool_name] for tool in tools if tool.tool_name in BUILT_IN_NAMES]
-    named = [name for name in dict.fromkeys(built_in) if name != "code_interpreter"]
+    named = [name for name in dict.fromkeys(built_in) if name != CODE_INTERPRETER]
     if named:
         written += f"Tools: {', '.join(named)}\n"
     functions = [tool for tool in tools if tool.tool_name not in BUILT_IN_NAMES]
@@ -170,15 +172,11 @@ def _tool_message(message: Message, index: int) -> Iterator[str]:
     if message.tool_responses and not texts[0].strip():
         texts = []
     for position, response in enumerate(message.tool_responses):
-        texts.append(_response_text(response, f"message {index}, tool response {position}"))
+        texts.append(_text(response.content, f"message {index}, tool response {position}"))
     for text in texts:
         yield from _header("ipython")
         yield text.strip()
         yield END_OF_TURN
-
-
-def _response_text(response: ToolResponse, where: str) -> str:
-    return _text(response.content, where)
 
 
 def _body(message: Message, index: int) -> Iterator[str]:
@@ -201,7 +199,7 @@ def write_call(call: ToolCall) -> str:
     """One call as the model writes it, without the special tokens around it."""
     if not _is_built_in(call):
         return _json({"name": call.tool_name, "parameters": call.arguments})
-    if call.tool_name == "code_interpreter":
+    if call.tool_name == CODE_INTERPRETER:
         return str(call.arguments["code"])
     arguments = ", ".join(f"{name}={_python(value)}" for name, value in call.arguments.items())
     return f"{BUILT_IN_NAMES[call.tool_name]}.call({arguments})"
@@ -209,13 +207,14 @@ def write_call(call: ToolCall) -> str:
 
 def _is_built_in(call: ToolCall) -> bool:
     """Whether the built-in notation can carry the call: any other one is written as a function's."""
-    if call.tool_name == "code_interpreter":
+    if call.tool_name == CODE_INTERPRETER:
         return call.arguments.keys() == {"code"} and isinstance(call.arguments["code"], str)
-    # Python folds other letters of an identifier into their compatibility forms, so only ASCII names come back as they were.
-    names = call.arguments
-    return call.tool_name in BUILT_IN_NAMES and all(
-        n.isidentifier() and n.isascii() and not keyword.iskeyword(n) for n in names
-    )
+    return call.tool_name in BUILT_IN_NAMES and all(map(_is_keyword_argument, call.arguments))
+
+
+def _is_keyword_argument(name: str) -> bool:
+    # Only ASCII: Python folds other letters into their compatibility forms, so they would not come back as they were.
+    return name.isidentifier() and name.isascii() and not keyword.iskeyword(name)
 
 
 def _json(value: Json) -> str:

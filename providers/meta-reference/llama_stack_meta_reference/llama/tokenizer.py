@@ -1,9 +1,10 @@
 """Text to token ids and back, for both forms in which Llama 3 checkpoints carry their vocabulary.
 
-Meta's ``tokenizer.model`` holds one base64 token and its rank a line (tiktoken's format) and leaves the 256 special tokens
-to the code; Hugging Face's ``tokenizer.json`` holds everything. Both are byte-level BPE, so every id stands for known
-bytes, and decoding here is one table look-up for either. Text is never searched for special tokens: what a user wrote as
-``<|eot_id|>`` stays the nine or so ordinary tokens that spell it, and only ``special()`` hands out the real one.
+Meta's ``tokenizer.model`` holds one base64 token and its rank a line (tiktoken's format) and leaves the 256 special
+tokens to the code; Hugging Face's ``tokenizer.json`` holds everything. Both are byte-level BPE, so every id stands
+for known bytes, and decoding here is one table look-up for either. Text is never searched for special tokens: what
+a user wrote as ``<|eot_id|>`` stays the nine or so ordinary tokens that spell it, and only ``special()`` hands out
+the real one.
 
 How special tokens make up a prompt is left to ``chat_format``.
 """
@@ -82,9 +83,9 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """The ids of ``text``, all of them ordinary tokens, with nothing put before or after.
 
-        Runs of over 25,000 characters without a change between white space and other characters are cut there, as Meta's
-        tokenizer cuts them, so the time taken stays linear in the text. Raises ``InvalidRequestError`` for a lone
-        surrogate, which is no character.
+        Runs of over 25,000 characters without a change between white space and other characters are cut there, as
+        Meta's tokenizer cuts them, so the time taken stays linear in the text. Raises ``InvalidRequestError`` for a
+        lone surrogate, which is no character.
         """
         surrogate = _SURROGATE.search(text)
         if surrogate:
@@ -142,16 +143,19 @@ class TextDecoder:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer in a file of either form; ``*.json`` is Hugging Face's. Raises ``CheckpointError`` for a bad file."""
+    """The tokenizer in a file of either form: ``*.json`` is Hugging Face's.
+
+    Raises ``CheckpointError`` for a bad file.
+    """
     return load_hugging_face(path) if path.suffix == ".json" else load_meta(path)
 
 
 def load_meta(path: Path, *, release: Literal["3.0", "3.1"] = "3.1") -> Tokenizer:
     """The tokenizer in Meta's ``tokenizer.model``.
 
-    The file does not say which names its special tokens have: ``release`` does, "3.1" standing also for 3.2 and 3.3. The
-    two differ in reserved names only, so "3.1" reads a Llama 3.0 folder as well. Raises ``CheckpointError``, with the line,
-    for anything but a full list of ranks.
+    The file does not say which names its special tokens have: ``release`` does, "3.1" standing also for 3.2 and
+    3.3. The two differ in reserved names only, so "3.1" reads a Llama 3.0 folder as well. Raises
+    ``CheckpointError``, with the line, for anything but a full list of ranks.
     """
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(_read(path).splitlines(), start=1):
@@ -187,8 +191,8 @@ def special_token_names(release: Literal["3.0", "3.1"] = "3.1") -> list[str]:
 def load_hugging_face(path: Path) -> Tokenizer:
     """The tokenizer in Hugging Face's ``tokenizer.json``; the added tokens are its special tokens.
 
-    Padding, truncation and the post-processor (which would add a BOS of its own) are left out. Raises ``CheckpointError``
-    for a file that is damaged or is not byte-level BPE.
+    Padding, truncation and the post-processor (which would add a BOS of its own) are left out. Raises
+    ``CheckpointError`` for a file that is damaged or is not byte-level BPE.
     """
     try:
         described = json.loads(_read(path))
