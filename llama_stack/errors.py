@@ -44,6 +44,7 @@ it is logged in full and answered 500 without its text. The tree::
     └── SetupError                         the operator must change something before the stack starts
         ├── DistributionError              the YAML; carries every fault found
         ├── PluginError                    an installed plugin; names package, cause and remedy
+        │   ├── PluginLoadError
         │   ├── DuplicateProviderError
         │   └── ContractMismatchError
         ├── ProviderStartError             a required provider did not start
@@ -90,6 +91,7 @@ class StackError(Exception):
         faults: Sequence[FieldFault] = (),
         retry_after_seconds: int | None = None,
         extra: dict[str, Any] | None = None,
+        request_id: str | None = None,
     ) -> None:
         super().__init__(detail)
         self.detail = detail
@@ -98,6 +100,8 @@ class StackError(Exception):
         self.retry_after_seconds = retry_after_seconds
         self.extra = extra or {}
         """Members that this error adds to its problem document, such as ``existing_matches``."""
+        self.request_id = request_id
+        """The request that it answered, as the server's log names it; set on errors that came over HTTP."""
 
     @property
     def retriable(self) -> bool:
@@ -462,6 +466,17 @@ class PluginError(SetupError):
 
     code = "plugin"
     title = "Plugin fault"
+
+
+class PluginLoadError(PluginError):
+    """A plugin that could not be loaded. It is reported, and stops a start only when the distribution uses it."""
+
+    code = "plugin_load"
+    title = "Plugin not loaded"
+
+    def __init__(self, plugin: str, package: str, version: str, cause: str, remedy: str) -> None:
+        self.plugin, self.package, self.version, self.cause, self.remedy = plugin, package, version, cause, remedy
+        super().__init__(f"plugin {plugin!r} of {' '.join((package, version)).strip()}: {cause}; {remedy}")
 
 
 class DuplicateProviderError(PluginError):
