@@ -1,0 +1,418 @@
+"""What a plugin may bring, the hooks by which it says so, and the discovery that one broken plugin cannot stop.
+
+A plugin is a module that an installed package names in the entry-point group ``llama_stack``::
+
+    [project.entry-points.llama_stack]
+    keyword = "llama_stack_keyword.plugin"
+
+Name each entry for what it brings: a distribution that says ``provider: keyword`` then imports this module and no
+other. A plugin that brings several things lists the same module under each of their names. What no entry is named for
+is still found, by importing the plugins that are left.
+
+The module implements the hooks below with ``hookimpl``. Hooks are synchronous and cheap, and are called before anything
+is started: they return declarations, and whatever is heavy waits until a distribution names it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pluggy
+
+from .apis.common import Content, ToolDefinition
+from .apis.config import Config, NoConfig
+from .apis.contract import Api
+from .errors import PluginLoadError, nearest
+
+if TYPE_CHECKING:
+    from click import Command
+
+GROUP = "llama_stack"
+API_VERSION = (1, 0)
+"""The version of this interface. The second number grows when something is added, the first when something goes."""
+
+hookspec = pluggy.HookspecMarker(GROUP)
+hookimpl = pluggy.HookimplMarker(GROUP)
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+_CLAUSE = re.compile(r"\s*(>=|<=|==|>|<)\s*([0-9]{1,6})(?:\.([0-9]{1,6}))?\s*")
+_COMPARE: Mapping[str, Callable[[tuple[int, int], tuple[int, int]], bool]] = {
+    ">=": lambda ours, theirs: ours >= theirs,
+    "<=": lambda ours, theirs: ours <= theirs,
+    "==": lambda ours, theirs: ours == theirs,
+    ">": lambda ours, theirs: ours > theirs,
+    "<": lambda ours, theirs: ours < theirs,
+}
+
+Start = Callable[..., AbstractAsyncContextManager[Any]]
+"""An async context manager function whose parameters are its needs, as ``registry.needs`` reads them."""
+
+
+class Tool(Protocol):
+    """Something that an agent can do for a model."""
+
+    @property
+    def definition(self) -> ToolDefinition:
+        """The tool's name and arguments, as the model is told of them."""
+        ...
+
+    async def run(self, arguments: Mapping[str, Any]) -> Content:
+        """What the tool answers. Raises ``StackError`` where the model should read why it did not work."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProviderSpec:
+    """A provider that can be started.
+
+    ``start`` is decorated with ``contextlib.asynccontextmanager`` and yields an object of a subclass of ``api``. What
+    its parameters are annotated with is what it is given: its ``config``, contracts, ``Database`` and ``Blobs``.
+    """
+
+    api: type[Api]
+    name: str
+    start: Start
+    config: type[Config] = NoConfig
+    description: str = ""
+
+    def __post_init__(self) -> None:
+        _check_api(self.api)
+        _check_declared("provider", self.name, self.start, self.config)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApiSpec:
+    """A new API: its contract, from which routes, client and documents are derived."""
+
+    api: type[Api]
+
+    def __post_init__(self) -> None:
+        _check_api(self.api)
+        _check_name("API", self.api.name)
+
+    @property
+    def name(self) -> str:
+        return self.api.name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolSpec:
+    """A tool that agents may be given. ``start`` yields a ``Tool`` and has needs as a provider's start has."""
+
+    name: str
+    start: Start
+    config: type[Config] = NoConfig
+    description: str = ""
+
+    def __post_init__(self) -> None:
+        _check_declared("tool", self.name, self.start, self.config)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FaceSpec:
+    """Routes over contracts that exist. ``start`` yields a ``fastapi.APIRouter`` and has needs as a provider's has."""
+
+    name: str
+    start: Start
+    config: type[Config] = NoConfig
+    description: str = ""
+
+    def __post_init__(self) -> None:
+        _check_declared("face", self.name, self.start, self.config)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MiddlewareSpec:
+    """Something around every request. ``wrap`` takes an ASGI application and the config, and returns another one."""
+
+    name: str
+    wrap: Callable[[Any, Any], Any]
+    config: type[Config] = NoConfig
+    description: str = ""
+
+    def __post_init__(self) -> None:
+        _check_name("middleware", self.name)
+        _check_config("middleware", self.name, self.config)
+        if not callable(self.wrap):
+            raise TypeError(f"middleware {self.name!r}: wrap is not a function")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommandSpec:
+    """A command of ``llama-stack``, imported only when it is called."""
+
+    name: str
+    help: str
+    target: str
+    """``MODULE:ATTRIBUTE`` of a click command."""
+
+    def __post_init__(self) -> None:
+        _check_name("command", self.name)
+        module, colon, attribute = self.target.partition(":")
+        if not (module and colon and attribute):
+            raise ValueError(f"command {self.name!r}: the target {self.target!r} is not MODULE:ATTRIBUTE")
+
+    def load(self) -> Command:
+        """The click command. Raises what importing its module raises."""
+        module, _, attribute = self.target.partition(":")
+        command: Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+
+@hookspec
+def llama_stack_providers() -> Iterable[ProviderSpec]:
+    """Declare the providers that this plugin can start.
+
+    Two packages that declare one API and name stop the start of a distribution that uses it, with
+    ``DuplicateProviderError``, which names both.
+
+    Example::
+
+        @hookimpl
+        def llama_stack_providers():
+            yield ProviderSpec(api=Safety, name="keyword", config=KeywordConfig, start=start_keyword)
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def llama_stack_apis() -> Iterable[ApiSpec]:
+    """Declare whole new APIs, which any plugin may then provide.
+
+    Example::
+
+        @hookimpl
+        def llama_stack_apis():
+            yield ApiSpec(api=Translation)
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def llama_stack_tools() -> Iterable[ToolSpec]:
+    """Declare tools that agents may be given.
+
+    Example::
+
+        @hookimpl
+        def llama_stack_tools():
+            yield ToolSpec(name="dice", start=start_dice, description="Throws dice")
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def llama_stack_faces() -> Iterable[FaceSpec]:
+    """Declare faces: other routes over contracts that exist.
+
+    Example::
+
+        @hookimpl
+        def llama_stack_faces():
+            yield FaceSpec(name="openai-api", start=start_openai_api)
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def llama_stack_commands() -> Iterable[CommandSpec]:
+    """Declare commands of ``llama-stack``.
+
+    Example::
+
+        @hookimpl
+        def llama_stack_commands():
+            yield CommandSpec(name="embed", help="Embed a text.", target="llama_stack_embed.commands:embed")
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def llama_stack_middleware() -> Iterable[MiddlewareSpec]:
+    """Declare middlewares, which a distribution may lay around every request.
+
+    Example::
+
+        @hookimpl
+        def llama_stack_middleware():
+            yield MiddlewareSpec(name="audit", wrap=audit, config=AuditConfig)
+    """
+    raise NotImplementedError
+
+
+Spec = ProviderSpec | ApiSpec | ToolSpec | FaceSpec | CommandSpec | MiddlewareSpec
+
+_RECORDS: Mapping[str, type[Any]] = {
+    "llama_stack_providers": ProviderSpec,
+    "llama_stack_apis": ApiSpec,
+    "llama_stack_tools": ToolSpec,
+    "llama_stack_faces": FaceSpec,
+    "llama_stack_commands": CommandSpec,
+    "llama_stack_middleware": MiddlewareSpec,
+}
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """An installed plugin as package metadata describe it; nothing of it is imported yet."""
+
+    names: tuple[str, ...]
+    """The names of the entry points that lead to it."""
+    package: str
+    target: str
+    """The module, or ``MODULE:ATTRIBUTE``, that implements the hooks."""
+    entry: EntryPoint | None = field(default=None, repr=False)
+    loaded: object = field(default=None, repr=False)
+    """The module or object itself, where it was handed over in process."""
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @cached_property
+    def version(self) -> str:
+        """The version of the package; reading it parses the package's metadata."""
+        return (self.entry.dist.version if self.entry and self.entry.dist else "") or ""
+
+    @property
+    def label(self) -> str:
+        """``llama-stack-keyword 1.2``: the plugin's package to people."""
+        return f"{self.package} {self.version}".strip()
+
+    def fault(self, cause: str, remedy: str) -> PluginLoadError:
+        """The error that says that this plugin cannot be used."""
+        return PluginLoadError(self.name, self.package, self.version, cause, remedy)
+
+
+def discover(extra: Sequence[object] = ()) -> list[Plugin]:
+    """The plugins that are installed, by package metadata alone; ``extra`` are modules or objects in this process."""
+    in_process = [
+        Plugin((getattr(module, "__name__", type(module).__name__),), "this process", "", loaded=module)
+        for module in extra
+    ]
+    by_module: dict[tuple[str, str], list[EntryPoint]] = {}
+    for entry in entry_points(group=GROUP):
+        package = entry.dist.name if entry.dist else "unknown package"
+        by_module.setdefault((package, entry.value), []).append(entry)
+    return in_process + [
+        Plugin(tuple(entry.name for entry in entries), package, target, entries[0])
+        for (package, target), entries in by_module.items()
+    ]
+
+
+def load(plugin: Plugin) -> tuple[Spec, ...]:
+    """Import a plugin and return what it declares.
+
+    Raises ``PluginLoadError`` for whatever is wrong with it, ``SystemExit`` at import included. Only an interrupt by
+    the user passes.
+    """
+    module = plugin.loaded if plugin.entry is None else _imported(plugin, plugin.entry)
+    _check_version(plugin, module)
+    hooks = pluggy.PluginManager(GROUP)
+    hooks.add_hookspecs(sys.modules[__name__])
+    try:
+        hooks.register(module)
+        hooks.check_pending()
+    except (pluggy.PluginValidationError, ValueError) as error:
+        raise plugin.fault(
+            _first_line(error), f"implement the hooks as they are declared: {', '.join(_RECORDS)}"
+        ) from error
+    declared: list[Spec] = []
+    for hook, record in _RECORDS.items():
+        if not getattr(hooks.hook, hook).get_hookimpls():
+            continue
+        for spec in _called(plugin, hook, getattr(hooks.hook, hook)):
+            if not isinstance(spec, record):
+                what = f"the hook {hook} declares {type(spec).__name__!r} where {record.__name__} belongs"
+                raise plugin.fault(what, f"yield {record.__name__} records from it")
+            declared.append(spec)
+    if not any(getattr(hooks.hook, hook).get_hookimpls() for hook in _RECORDS):
+        wrong = [name for name in dir(module) if name.startswith("llama_stack_") and callable(getattr(module, name))]
+        hint = nearest(wrong[0], _RECORDS) if wrong else ""
+        raise plugin.fault(
+            "it implements none of the hooks" + hint, "decorate its hooks with llama_stack.plugins.hookimpl"
+        )
+    return tuple(declared)
+
+
+def _imported(plugin: Plugin, entry: EntryPoint) -> object:
+    reinstall = f"reinstall {plugin.package}, or deny it under 'plugins:'"
+    try:
+        return entry.load()
+    except KeyboardInterrupt:
+        raise
+    except ModuleNotFoundError as error:
+        own = plugin.target.partition(":")[0]
+        if error.name and (own == error.name or own.startswith(error.name + ".")):
+            raise plugin.fault(f"its module {error.name!r} does not exist", reinstall) from error
+        what = f"it needs the module {error.name!r}, which is not installed"
+        raise plugin.fault(what, f"install what {plugin.package} requires, or deny it under 'plugins:'") from error
+    except SystemExit as error:
+        raise plugin.fault("it ended the process when it was imported", reinstall) from error
+    except BaseException as error:
+        raise plugin.fault(f"importing it raised {_named(error)}", reinstall) from error
+
+
+def _check_version(plugin: Plugin, module: object) -> None:
+    """A plugin that names no range was written for the first version."""
+    declared = getattr(module, "llama_stack_api_version", ">=1.0,<2")
+    ours = ".".join(map(str, API_VERSION))
+    clauses = [_CLAUSE.fullmatch(clause) for clause in declared.split(",")] if isinstance(declared, str) else [None]
+    for clause in clauses:
+        if clause is None:
+            what = f"its llama_stack_api_version {declared!r} is not a range"
+            raise plugin.fault(what, "write one such as '>=1.0,<2'")
+        sign, major, minor = clause.groups()
+        if not _COMPARE[sign](API_VERSION, (int(major), int(minor or 0))):
+            what = f"it wants version {declared} of the plugin interface, and this is {ours}"
+            raise plugin.fault(what, f"install a version of {plugin.package} that was made for {ours}")
+
+
+def _called(plugin: Plugin, hook: str, call: Callable[[], Sequence[Iterable[Any]]]) -> list[Any]:
+    try:
+        return [spec for declared in call() for spec in declared]
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        remedy = f"report it to the authors of {plugin.package}, or deny it under 'plugins:'"
+        raise plugin.fault(f"the hook {hook} raised {_named(error)}", remedy) from error
+
+
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {_first_line(error)}".removesuffix(": ")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else ""
+
+
+def _check_declared(kind: str, name: str, start: Start, config: type[Config]) -> None:
+    _check_name(kind, name)
+    _check_config(kind, name, config)
+    if not callable(start) or inspect.isasyncgenfunction(start) or inspect.iscoroutinefunction(start):
+        raise TypeError(f"{kind} {name!r}: decorate its start function with contextlib.asynccontextmanager")
+
+
+def _check_name(kind: str, name: str) -> None:
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ValueError(f"{kind} {name!r}: a name has lowercase letters, digits, '-' and '_', and at most 63 of them")
+
+
+def _check_config(kind: str, name: str, config: type[Config]) -> None:
+    if not (isinstance(config, type) and issubclass(config, Config)):
+        raise TypeError(f"{kind} {name!r}: its config is not a subclass of llama_stack.apis.Config")
+
+
+def _check_api(api: type[Api]) -> None:
+    if not (isinstance(api, type) and issubclass(api, Api) and hasattr(api, "tag")):
+        raise TypeError(f"{api!r} is not a contract: a subclass of llama_stack.apis.Api with name=")
