@@ -60,8 +60,9 @@ class RopeScaling:
     def __post_init__(self) -> None:
         if self.factor < 1 or self.low_freq_factor <= 0 or self.high_freq_factor <= self.low_freq_factor:
             raise CheckpointError(
-                f"rope scaling needs factor >= 1 and 0 < low_freq_factor < high_freq_factor; "
-                f"found factor {self.factor}, low_freq_factor {self.low_freq_factor}, high_freq_factor {self.high_freq_factor}"
+                "rope scaling needs factor >= 1 and 0 < low_freq_factor < high_freq_factor; "
+                f"found factor {self.factor}, low_freq_factor {self.low_freq_factor}, "
+                f"high_freq_factor {self.high_freq_factor}"
             )
 
 

@@ -1,0 +1,110 @@
+"""How much memory a model takes, from its sizes alone: an operator learns before loading what will not fit."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..llama.config import LlamaConfig
+from .kv_cache import cache_bytes
+
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+_CGROUP_USE = Path("/sys/fs/cgroup/memory.current")
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Memory of one model with its cache; activations of a step come on top. ``str()`` is one line for an operator."""
+
+    device: str
+    weight_bytes: int
+    cache_bytes_per_token: int
+    context: int
+    """Tokens of each sequence that the plan is for."""
+    sequences: int
+    available_bytes: int
+    """What was free on the device when the plan was made."""
+    longest_context: int
+    """The most tokens a sequence could have with all ``sequences`` in memory, up to the model's limit; 0 if none."""
+
+    @property
+    def cache_bytes(self) -> int:
+        """The whole cache: every sequence at its full context."""
+        return self.cache_bytes_per_token * self.context * self.sequences
+
+    @property
+    def total_bytes(self) -> int:
+        """Weights and cache together."""
+        return self.weight_bytes + self.cache_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether weights and cache are within what was free."""
+        return self.total_bytes <= self.available_bytes
+
+    def __str__(self) -> str:
+        return (
+            f"{self.device}: weights {_size(self.weight_bytes)} + cache {_size(self.cache_bytes)} "
+            f"({self.sequences} x {self.context} tokens of {_size(self.cache_bytes_per_token)}) = "
+            f"{_size(self.total_bytes)} of {_size(self.available_bytes)} free; "
+            f"longest context for {self.sequences} at once: {self.longest_context} tokens"
+        )
+
+
+def memory_plan(
+    config: LlamaConfig,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    context: int,
+    sequences: int,
+    *,
+    available_bytes: int | None = None,
+) -> MemoryPlan:
+    """Plan ``sequences`` sequences of ``context`` tokens; the device is asked for its free bytes unless they are given."""
+    available = available_memory(device) if available_bytes is None else available_bytes
+    weight_bytes = config.parameter_count * dtype.itemsize
+    bytes_per_token = cache_bytes(config, 1, dtype)
+    fitting = max(0, available - weight_bytes) // (bytes_per_token * sequences)
+    return MemoryPlan(
+        device=str(device),
+        weight_bytes=weight_bytes,
+        cache_bytes_per_token=bytes_per_token,
+        context=context,
+        sequences=sequences,
+        available_bytes=available,
+        longest_context=min(fitting, config.max_context),
+    )
+
+
+def available_memory(device: torch.device | str) -> int:
+    """Return the bytes that can still be taken: a GPU's free memory, else the machine's or the container's, if less."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = _machine_memory()
+    if _CGROUP_LIMIT.exists():
+        limit = _CGROUP_LIMIT.read_text().strip()
+        if limit != "max":
+            free = min(free, max(0, int(limit) - int(_CGROUP_USE.read_text())))
+    return free
+
+
+def _machine_memory() -> int:
+    if _MEMINFO.exists():
+        for line in _MEMINFO.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _size(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} GiB"

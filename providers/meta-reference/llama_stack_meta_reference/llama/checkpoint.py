@@ -1,0 +1,337 @@
+"""Model folders: what is in one, whether it can be trusted, and the network with its weights.
+
+Two layouts are read. Meta's: ``params.json`` and ``consolidated.NN.pth`` (meta_shards.py), in the folder or in its
+``original/``. Hugging Face's: ``config.json`` and ``model.safetensors``, whole or in shards that
+``model.safetensors.index.json`` lists. ``open_checkpoint`` looks at everything but the weights' values, so a bad folder
+is refused in a moment and before memory is taken.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llama_stack.errors import CheckpointError
+
+from .config import LlamaConfig
+from .meta_shards import MetaShards
+from .model import Llama
+from .safetensors_weights import SafetensorsWeights, hugging_face_name
+
+_LARGEST_JSON_BYTES = 2_000_000
+_META_SHARD = re.compile(r"consolidated(?:\.(\d\d))?\.pth")
+_HUGGING_FACE_WHOLE = "model.safetensors"
+_HUGGING_FACE_INDEX = "model.safetensors.index.json"
+_MOST_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder that has been checked: its weights are all there, in the right shapes, and nothing else is."""
+
+    folder: Path
+    """Where the weights are: the folder asked for, or its ``original/``."""
+    layout: Literal["meta", "hugging_face"]
+    config: LlamaConfig
+    dtype: torch.dtype
+    """How the weights are stored."""
+    weight_files: tuple[Path, ...]
+    tokenizer_file: Path | None
+    eos_ids: tuple[int, ...]
+    """Token ids that end a generation, as the folder states them; empty when it states none."""
+    remarks: tuple[str, ...]
+    """What an operator should know about how the folder was read, such as a choice between two layouts in it."""
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer's file; CheckpointError when the folder has none."""
+        if self.tokenizer_file is None:
+            raise CheckpointError(f"{self.folder}: no tokenizer: neither tokenizer.json nor tokenizer.model is there")
+        return self.tokenizer_file
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Return what a model folder holds, after checking all of it but the weights' values. Maps no weights, takes little
+    memory.
+
+    With both layouts there, Hugging Face's is taken (its safetensors hold no code) and ``remarks`` says so.
+    Raises CheckpointError that says what was found, what is missing and where.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: not a folder" if folder.exists() else f"{folder}: no such folder")
+    original = folder / "original"
+    homes = [folder, original] if original.is_dir() else [folder]
+    meta_home = next((home for home in homes if (home / "params.json").exists() and _shard_names(home)), None)
+    weight_files = [name for name in (_HUGGING_FACE_INDEX, _HUGGING_FACE_WHOLE) if (folder / name).exists()]
+    if (folder / "config.json").exists() and weight_files:
+        remarks = [] if meta_home is None else [f"{meta_home} also has Meta's layout; read Hugging Face's"]
+        return _open_hugging_face(folder, remarks)
+    if meta_home is not None:
+        return _open_meta(meta_home, homes)
+    raise CheckpointError(f"{folder}: {_what_is_missing(homes)}; found: {_listing(folder)}")
+
+
+def load_model(checkpoint: Checkpoint, *, device: torch.device | str, dtype: torch.dtype) -> Llama:
+    """Return the network with the checkpoint's weights, converted to ``dtype``, in memory of its own on ``device``.
+
+    Weights go one at a time: the peak is the network and one weight. Nothing stays mapped, so a file that changes later
+    cannot change or crash a running network. Raises CheckpointError when the files are no longer what
+    ``open_checkpoint`` saw.
+    """
+    model = Llama(checkpoint.config, device="meta", dtype=dtype)
+    weights = _open_weights(checkpoint.layout, checkpoint.weight_files)
+    _check_weights(checkpoint.folder, weights, checkpoint.config)
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weights.copy_into(name, weight, checkpoint.config)
+    return model
+
+
+def save_hugging_face(
+    model: Llama,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    bos_id: int | None = None,
+    eos_ids: Sequence[int] = (),
+) -> None:
+    """Write ``config.json``, ``model.safetensors`` and, with ``eos_ids``, ``generation_config.json`` into ``folder``,
+    made if needed.
+
+    Weights are stored in ``dtype``, by default the model's. What is there under these names is replaced.
+    ``config.json`` goes first and comes back last, so a save that was cut off leaves a folder that is refused, never
+    one with old and new files mixed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").unlink(missing_ok=True)
+    stored_dtype = dtype or model.tok_embeddings.weight.dtype
+    tensors = {
+        hugging_face_name(name): weight.detach().to("cpu", stored_dtype).contiguous()
+        for name, weight in model.named_parameters()
+    }
+    aside = folder / f"{_HUGGING_FACE_WHOLE}.part"
+    save_file(tensors, aside, metadata={"format": "pt"})
+    _settle(aside, folder / _HUGGING_FACE_WHOLE)
+    token_ids: dict[str, Any] = {"bos_token_id": bos_id, "eos_token_id": list(eos_ids) or None}
+    if eos_ids:
+        _write_json(folder / "generation_config.json", token_ids)
+    described = model.config.to_hugging_face() | token_ids | {"torch_dtype": str(stored_dtype).removeprefix("torch.")}
+    _write_json(folder / "config.json", described)
+
+
+class _Weights(Protocol):
+    """The weights of one checkpoint, by model.py's names."""
+
+    names: frozenset[str]
+
+    def stored_name(self, name: str) -> str: ...
+
+    def dtype(self, name: str) -> torch.dtype: ...
+
+    def check_shape(self, name: str, shape: tuple[int, ...]) -> None: ...
+
+    def copy_into(self, name: str, weight: Tensor, config: LlamaConfig) -> None: ...
+
+
+def _open_hugging_face(folder: Path, remarks: Sequence[str]) -> Checkpoint:
+    raw_config = _read_json(_inside(folder, "config.json"))
+    config = LlamaConfig.from_hugging_face(raw_config)
+    files = _hugging_face_files(folder)
+    weights = _open_weights("hugging_face", files)
+    _check_weights(folder, weights, config)
+    generation: Mapping[str, Any] = {}
+    if (folder / "generation_config.json").exists():
+        generation = _read_json(_inside(folder, "generation_config.json"))
+    return Checkpoint(
+        folder=folder,
+        layout="hugging_face",
+        config=config,
+        dtype=weights.dtype("tok_embeddings.weight"),
+        weight_files=files,
+        tokenizer_file=_tokenizer_file([folder, folder / "original"]),
+        eos_ids=_eos_ids(folder, generation) or _eos_ids(folder, raw_config),
+        remarks=tuple(remarks),
+    )
+
+
+def _hugging_face_files(folder: Path) -> tuple[Path, ...]:
+    if not (folder / _HUGGING_FACE_INDEX).exists():
+        return (_inside(folder, _HUGGING_FACE_WHOLE),)
+    index_file = _inside(folder, _HUGGING_FACE_INDEX)
+    weight_map = _read_json(index_file).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index_file}: weight_map must map tensor names to file names")
+    names = set(weight_map.values()) if all(isinstance(name, str) for name in weight_map.values()) else {""}
+    for name in sorted(names):
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors", name):
+            raise CheckpointError(
+                f"{index_file}: {name[:80]!r} is not the plain name of a .safetensors file in this folder"
+            )
+    return tuple(_inside(folder, name) for name in sorted(names))
+
+
+def _open_meta(home: Path, homes: Sequence[Path]) -> Checkpoint:
+    params = _read_json(_inside(home, "params.json"))
+    files = _meta_files(home)
+    weights = _open_weights("meta", files)
+    config = LlamaConfig.from_meta(params, tied_embeddings="output.weight" not in weights.names)
+    _check_weights(home, weights, config)
+    remarks = [] if home == homes[0] else [f"read from {home}"]
+    if config.tied_embeddings:
+        remarks.append("there is no output.weight: the embeddings serve as output")
+    return Checkpoint(
+        folder=home,
+        layout="meta",
+        config=config,
+        dtype=weights.dtype("tok_embeddings.weight"),
+        weight_files=files,
+        tokenizer_file=_tokenizer_file([home, *homes]),
+        eos_ids=(),
+        remarks=tuple(remarks),
+    )
+
+
+def _shard_names(home: Path) -> list[str]:
+    return sorted(name for name in os.listdir(home) if _META_SHARD.fullmatch(name))
+
+
+def _meta_files(home: Path) -> tuple[Path, ...]:
+    """Return a Meta folder's shards in rank order; CheckpointError when one of the row is not there."""
+    names = _shard_names(home)
+    ranks = {int(match[1]) for name in names if (match := _META_SHARD.fullmatch(name)) and match[1]}
+    missing = [f"consolidated.{rank:02}.pth" for rank in range(max(ranks, default=0)) if rank not in ranks]
+    if missing:
+        raise CheckpointError(f"{home}: shards are missing: {_some(missing)}; found: {_some(names)}")
+    if ranks and len(names) != len(ranks):
+        raise CheckpointError(f"{home}: which shards belong together cannot be told; found: {_some(names)}")
+    return tuple(_inside(home, name) for name in names)
+
+
+def _open_weights(layout: Literal["meta", "hugging_face"], files: Sequence[Path]) -> _Weights:
+    return MetaShards(files) if layout == "meta" else SafetensorsWeights(files)
+
+
+def _check_weights(folder: Path, weights: _Weights, config: LlamaConfig) -> None:
+    """Refuse a folder whose weights are not exactly those of its config."""
+    shapes = {name: tuple(weight.shape) for name, weight in _parameters(config)}
+    missing = [weights.stored_name(name) for name in shapes if name not in weights.names]
+    # A tied output may be stored as well; the embeddings stand for it.
+    tolerated = {"output.weight"} if config.tied_embeddings else set()
+    unexpected = [weights.stored_name(name) for name in sorted(weights.names - shapes.keys() - tolerated)]
+    faults = [f"{kind}: {_some(names)}" for kind, names in (("missing", missing), ("unexpected", unexpected)) if names]
+    if faults:
+        raise CheckpointError(f"{folder}: the weights do not fit the config; {'; '.join(faults)}")
+    for name, shape in shapes.items():
+        weights.check_shape(name, shape)
+
+
+def _parameters(config: LlamaConfig) -> list[tuple[str, Tensor]]:
+    return list(Llama(config, device="meta", dtype=torch.float32).named_parameters())
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """Return the path of a regular file in the folder, also through a link, as long as it stays in there.
+
+    Hugging Face's cache is the one exception: its ``snapshots/REVISION/`` links to the ``blobs/`` beside it.
+    """
+    path = folder / name
+    try:
+        real = path.resolve(strict=True)
+        is_regular = stat.S_ISREG(real.stat().st_mode)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {_reason(error)}") from None
+    home = folder.resolve()
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
+    if not real.is_relative_to(home) and (blobs is None or real.parent != blobs):
+        raise CheckpointError(f"{path}: a link that leaves the folder, to {real}")
+    if not is_regular:
+        raise CheckpointError(f"{path}: not a regular file")
+    return path
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    size = path.stat().st_size
+    if size > _LARGEST_JSON_BYTES:
+        raise CheckpointError(f"{path}: {size} bytes; at most {_LARGEST_JSON_BYTES} are read")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON: {str(error)[:200]}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {_reason(error)}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object")
+    return value
+
+
+def _eos_ids(path: Path, values: Mapping[str, Any]) -> tuple[int, ...]:
+    ids = values.get("eos_token_id")
+    listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(type(token) is int and token >= 0 for token in listed):
+        raise CheckpointError(f"{path}: eos_token_id must be a token id or a list of them; found {str(ids)[:80]}")
+    return tuple(listed)
+
+
+def _tokenizer_file(homes: Sequence[Path]) -> Path | None:
+    for home in homes:
+        for name in ("tokenizer.json", "tokenizer.model"):
+            if (home / name).exists():
+                return _inside(home, name)
+    return None
+
+
+def _what_is_missing(homes: Sequence[Path]) -> str:
+    """Say what a folder without a loadable layout lacks, by what it has the beginnings of."""
+    folder = homes[0]
+    if (folder / "config.json").exists():
+        return f"config.json is there, but neither {_HUGGING_FACE_WHOLE} nor {_HUGGING_FACE_INDEX}"
+    if any((folder / name).exists() for name in (_HUGGING_FACE_WHOLE, _HUGGING_FACE_INDEX)):
+        return "safetensors weights are there, but no config.json"
+    for home in homes:
+        if (home / "params.json").exists():
+            return f"{home / 'params.json'} is there, but no consolidated.NN.pth"
+        if _shard_names(home):
+            return f"{home} has consolidated shards, but no params.json"
+    return "no model: config.json with model.safetensors, or params.json with consolidated.NN.pth"
+
+
+def _listing(folder: Path) -> str:
+    return _some(sorted(os.listdir(folder))) or "nothing"
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(name[:120] for name in names[:_MOST_NAMED]) + more
+
+
+def _reason(error: BaseException) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    aside = path.with_name(f"{path.name}.part")
+    aside.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    _settle(aside, path)
+
+
+def _settle(aside: Path, path: Path) -> None:
+    """Give a finished file its name, durably."""
+    with aside.open("rb") as file:
+        os.fsync(file.fileno())
+    aside.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
