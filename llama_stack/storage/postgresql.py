@@ -41,7 +41,8 @@ CONNECT_TIMEOUT_SECONDS = 10.0
 # PostgreSQL error codes, appendix A of its manual. Two characters are a class.
 _DISK_FULL = "53100"
 _WAITED_TOO_LONG = ("55P03", "40001", "40P01")
-_NOT_NOW = ("08", "53", "57P", "58", "25006")
+_NOT_NOW = ("08", "53", "57P", "58")
+_READ_ONLY = "25006"  # in a write block: the server has become a standby
 
 
 class PostgresqlConnections:
@@ -119,6 +120,8 @@ class PostgresqlConnections:
 
     def _explain(self, context: ExceptionContext) -> StackError | None:
         """Our error for what the server reported, or None when it is the statement's own fault."""
+        if not isinstance(context.original_exception, Exception):
+            return None  # a cancellation, which stays one
         state = getattr(context.original_exception, "sqlstate", None) or ""
         connection: Connection | None = context.connection
         if connection is not None and not connection.invalidated:
@@ -127,7 +130,10 @@ class PostgresqlConnections:
             return StorageFullError("the database server has no room left; nothing was applied")
         if state in _WAITED_TOO_LONG:
             return StoreBusyError("other writes held the store for too long")
-        if context.is_disconnect or state.startswith(_NOT_NOW):
+        is_standby = state == _READ_ONLY and not (
+            connection is not None and connection.get_execution_options().get("postgresql_readonly")
+        )
+        if context.is_disconnect or is_standby or state.startswith(_NOT_NOW):
             self._health.reachable = False
             return StoreUnavailableError("PostgreSQL broke off; if it was committing, the change may be applied or not")
         return None

@@ -176,11 +176,11 @@ class SqliteConnections:
 
         @event.listens_for(engine.sync_engine, "handle_error")
         def explain(context: ExceptionContext) -> StackError | None:
-            return self._explained(context.original_exception)
+            return self._explained(context.original_exception, is_writer=is_writer)
 
         return engine
 
-    def _explained(self, error: BaseException) -> StackError | None:
+    def _explained(self, error: BaseException, *, is_writer: bool) -> StackError | None:
         """Our error for what SQLite reported, or None when it is the statement's own fault.
 
         Result codes: https://www.sqlite.org/rescode.html
@@ -195,6 +195,8 @@ class SqliteConnections:
             )
         if code & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             return StoreBusyError("another process held the store for too long")
+        if code == sqlite3.SQLITE_READONLY and not is_writer:
+            return None
         if code & 0xFF in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY):
             return StoreUnavailableError(f"the store cannot be written now: {error}")
         if code in (sqlite3.SQLITE_IOERR_NOMEM, sqlite3.SQLITE_CORRUPT_VTAB):
