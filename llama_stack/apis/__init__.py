@@ -24,9 +24,12 @@ APIS: tuple[type[Api], ...] = (
     Models,
 )
 """The contracts that the core brings: the draft's seven, and the extensions Safety and Models."""
+DRAFT_APIS: tuple[type[Api], ...] = tuple(api for api in APIS if api not in (Safety, Models))
+"""The draft's seven."""
 
 __all__ = [
     "APIS",
+    "DRAFT_APIS",
     "AgenticSystem",
     "Api",
     "Config",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Tag
+from pydantic import Discriminator, Tag, model_validator
 
 from .common import (
     ChatModelName,
@@ -18,10 +18,12 @@ from .common import (
     Schema,
     ShieldConfig,
     StopReason,
+    Text,
     ToolCall,
     ToolDefinition,
     ToolResponse,
     UniqueItems,
+    draft,
 )
 from .contract import Api, delete, get, post
 from .memory_banks import MemoryBankDocument
@@ -32,14 +34,21 @@ class AgenticSystemCreateRequest(Schema):
     """Define an agent."""
 
     uuid: Id
-    instructions: str
+    instructions: Text
     model: ChatModelName
     available_tools: Items[ToolDefinition]
-    executable_tools: UniqueItems[str]
+    executable_tools: UniqueItems[Id]
     """The tools that the stack may run itself; calls of the others are returned for the client to run."""
     memory_bank_uuids: Items[Id]
     input_shields: Items[ShieldConfig]
     output_shields: Items[ShieldConfig]
+
+    @model_validator(mode="after")
+    def _executable_tools_are_available(self) -> Self:
+        unknown = set(self.executable_tools) - {tool.tool_name for tool in self.available_tools}
+        if unknown:
+            raise ValueError(f"executable_tools names tools that available_tools lacks: {', '.join(sorted(unknown))}")
+        return self
 
 
 class AgenticSystemCreateResponse(Schema):
@@ -74,9 +83,9 @@ class ModelInferenceStep(Schema):
 
     inline = True
 
-    step_type: StepType = StepType.MODEL_INFERENCE
+    step_type: Annotated[Literal[StepType.MODEL_INFERENCE], draft(**StepType.published())] = StepType.MODEL_INFERENCE
     uuid: Id
-    text: str
+    text: Text
     logprobs: Maybe[JsonObject] = None
 
 
@@ -85,7 +94,7 @@ class ToolExecutionStep(Schema):
 
     inline = True
 
-    step_type: StepType = StepType.TOOL_EXECUTION
+    step_type: Annotated[Literal[StepType.TOOL_EXECUTION], draft(**StepType.published())] = StepType.TOOL_EXECUTION
     uuid: Id
     tool_calls: Items[ToolCall]
     tool_responses: Items[ToolResponse]
@@ -96,7 +105,7 @@ class SafetyFilteringStep(Schema):
 
     inline = True
 
-    step_type: StepType = StepType.SAFETY_FILTERING
+    step_type: Annotated[Literal[StepType.SAFETY_FILTERING], draft(**StepType.published())] = StepType.SAFETY_FILTERING
     uuid: Id
     violation: Maybe[Violation] = None
 
@@ -106,7 +115,7 @@ class MemoryRetrievalStep(Schema):
 
     inline = True
 
-    step_type: StepType = StepType.MEMORY_RETRIEVAL
+    step_type: Annotated[Literal[StepType.MEMORY_RETRIEVAL], draft(**StepType.published())] = StepType.MEMORY_RETRIEVAL
     uuid: Id
     documents: Items[MemoryBankDocument]
     scores: Items[float]

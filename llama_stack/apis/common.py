@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -28,21 +30,35 @@ from pydantic import (
     WithJsonSchema,
 )
 from pydantic_core import CoreSchema
+from typing_extensions import TypeAliasType
 
 T = TypeVar("T")
 
 MAX_ITEMS = 10_000
-"""The longest list that a request may carry, where a field does not say less."""
+"""The longest list, and the most keys of an object, that a request may carry, where a field does not say less."""
+MAX_CHARACTERS = 16_777_216
+"""The longest text, URL or base64 string that a request may carry; the server's body limit is usually smaller."""
 MAX_TOKENS = 1_048_576
 """The largest ``max_tokens`` that a request may ask for; the model's own context bounds it further."""
 
 EXTENSION = Field(json_schema_extra={"x-extension": True})
 """Marks a field or a parameter that the draft does not have; the draft's document leaves it out."""
+ANY_OF = Field(json_schema_extra={"x-any-of": True})
+"""Marks a union whose branches overlap, so that it is published as ``anyOf`` (spec rule G4)."""
 
 
-def draft(**schema: Any) -> Any:
-    """State the schema that the draft publishes for a field whose accepted values are wider here."""
-    return Field(json_schema_extra={"x-draft": schema})
+def draft(*, required: bool = False, **schema: Any) -> Any:
+    """State what the draft publishes for a field that is wider here: its whole schema, or that it is required."""
+    return Field(json_schema_extra={"x-draft": {"required": required, "schema": schema}})
+
+
+class _NullRefused:
+    """Leaves ``null`` out of the published schema of a field that refuses it."""
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        published = handler(schema)
+        choices = [choice for choice in published.get("anyOf", []) if choice != {"type": "null"}]
+        return choices[0] if len(choices) == 1 else published | ({"anyOf": choices} if choices else {})
 
 
 def _refuse_null(value: Any, info: ValidationInfo) -> Any:
@@ -57,11 +73,24 @@ def _refuse_duplicates(values: list[Any]) -> list[Any]:
     return values
 
 
+def _refuse_non_finite(values: dict[str, Any]) -> dict[str, Any]:
+    try:
+        _FINITE_JSON.encode(values)
+    except ValueError as error:
+        raise ValueError("NaN and infinity are not JSON (RFC 8259 section 6)") from error
+    return values
+
+
+_FINITE_JSON = json.JSONEncoder(allow_nan=False)
+
+
 def _decode_base64(value: Any) -> bytes:
     if isinstance(value, bytes):
         return value
     if not isinstance(value, str):
         raise ValueError("not a base64 string")
+    if len(value) > MAX_CHARACTERS:
+        raise ValueError(f"more than {MAX_CHARACTERS} characters of base64")
     try:
         return base64.b64decode(value, validate=True)
     except (binascii.Error, ValueError) as error:
@@ -70,7 +99,11 @@ def _decode_base64(value: Any) -> bytes:
 
 Id = Annotated[str, StringConstraints(min_length=1, max_length=255, pattern=r"^[^\x00-\x1f\x7f]+$")]
 """An opaque id that the client chooses: 1 to 255 characters, none of them a control character (spec rule G10)."""
-Maybe = Annotated[T | None, BeforeValidator(_refuse_null)]
+Text = Annotated[str, Field(max_length=MAX_CHARACTERS)]
+"""Text of any usual length; it may be empty."""
+Label = Annotated[str, Field(max_length=255)]
+"""A short text, such as a media type."""
+Maybe = Annotated[T | None, BeforeValidator(_refuse_null), _NullRefused()]
 """A field that may be absent; JSON ``null`` is refused, for the draft's schemas do not allow it."""
 Items = Annotated[list[T], Field(max_length=MAX_ITEMS)]
 """A list of bounded length."""
@@ -82,7 +115,7 @@ Base64 = Annotated[
     bytes,
     BeforeValidator(_decode_base64),
     PlainSerializer(lambda data: base64.b64encode(data).decode("ascii"), return_type=str, when_used="json"),
-    WithJsonSchema({"type": "string", "contentEncoding": "base64"}),
+    WithJsonSchema({"type": "string", "contentEncoding": "base64", "maxLength": MAX_CHARACTERS}),
 ]
 """Bytes that travel as standard base64."""
 Json = Annotated[
@@ -93,13 +126,18 @@ Json = Annotated[
     ),
 ]  # fmt: skip
 """Any JSON value."""
-JsonObject = Annotated[dict[str, Json], Field(max_length=MAX_ITEMS)]
+JsonObject = Annotated[dict[str, Json], Field(max_length=MAX_ITEMS), AfterValidator(_refuse_non_finite)]
 """A JSON object that the stack stores or passes on and never interprets."""
-URL = Annotated[
-    str,
-    StringConstraints(pattern=r"^(https?://|file://|data:)", max_length=16_777_216),
-    Field(json_schema_extra={"format": "uri", "x-component": "URL"}),
-]
+_URL_PATTERN = r"^(https?://|file://|data:)"
+URL = TypeAliasType(
+    "URL",
+    Annotated[
+        str,
+        StringConstraints(pattern=_URL_PATTERN, max_length=MAX_CHARACTERS, strict=True),
+        Field(json_schema_extra={"format": "uri"}),
+        draft(type="string", format="uri", pattern=_URL_PATTERN),
+    ],
+)
 """``http(s)://``, ``file://`` or ``data:``; what may be read is the distribution's to say (spec rule G15)."""
 
 
@@ -118,10 +156,14 @@ class Choice(StrEnum):
     """Base of the draft's enumerations; the draft writes them out in place, some with a ``__title__``."""
 
     @classmethod
-    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        described: dict[str, Any] = {"type": "string", "enum": [member.value for member in cls]}
+    def published(cls) -> dict[str, Any]:
+        """The JSON Schema of the enumeration."""
         title = getattr(cls, "__title__", None)
-        return described | ({"title": title} if title else {})
+        return {"type": "string", "enum": [member.value for member in cls]} | ({"title": title} if title else {})
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return cls.published()
 
 
 class Attachment(
@@ -131,10 +173,10 @@ class Attachment(
     """A resource by URL, with its media type."""
 
     url: URL
-    mime_type: Annotated[str, Field(max_length=255)]
+    mime_type: Label
 
 
-Content = str | Attachment | Items[str | Attachment]
+Content = Text | Attachment | Items[Text | Attachment]
 """What a message says: text, an attachment, or several of both in order."""
 
 
@@ -188,7 +230,8 @@ class ShieldConfig(Schema):
     """A shield to run, with the parameters that its own type defines."""
 
     shield_type: Annotated[
-        Id, draft(enum=["llama_guard", "prompt_guard", "code_guard"], title="The type of safety shield.")
+        Id,
+        draft(type="string", enum=["llama_guard", "prompt_guard", "code_guard"], title="The type of safety shield."),
     ]
     params: JsonObject
 
@@ -198,9 +241,7 @@ class ToolDefinition(Schema):
 
     inline = True
 
-    tool_name: Annotated[
-        Id, draft(anyOf=[{"enum": [t.value for t in BuiltinTool], "type": "string"}, {"type": "string"}])
-    ]
+    tool_name: Annotated[Id, draft(anyOf=[BuiltinTool.published(), {"type": "string"}])]
     parameters: Maybe[JsonObject] = None
     """Each argument's name and its JSON Schema."""
     input_shields: Items[ShieldConfig] = Field(default_factory=list)
@@ -216,6 +257,26 @@ class Message(Schema):
     content: Content
     tool_calls: Items[ToolCall] = Field(default_factory=list)
     tool_responses: Items[ToolResponse] = Field(default_factory=list)
+
+    @classmethod
+    def system(cls, content: Content) -> Message:
+        """Instructions to the model."""
+        return cls(role=Role.SYSTEM, content=content)
+
+    @classmethod
+    def user(cls, content: Content) -> Message:
+        """What a user says."""
+        return cls(role=Role.USER, content=content)
+
+    @classmethod
+    def assistant(cls, content: Content = "", tool_calls: Sequence[ToolCall] = ()) -> Message:
+        """What the model answered: text, calls of tools, or both."""
+        return cls(role=Role.ASSISTANT, content=content, tool_calls=list(tool_calls))
+
+    @classmethod
+    def tool(cls, responses: Sequence[ToolResponse]) -> Message:
+        """What tools answered."""
+        return cls(role=Role.TOOL, content="", tool_responses=list(responses))
 
 
 class Dialog(Schema):
@@ -253,9 +314,9 @@ class SamplingParams(Schema):
 
 MaxTokens = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
 """The most tokens to generate; 0 = to the end of the context (spec rule G12)."""
-BaseModelName = Annotated[Id, draft(enum=["llama3_8b", "llama3_70b"])]
+BaseModelName = Annotated[Id, draft(type="string", enum=["llama3_8b", "llama3_70b"])]
 """A base model that the distribution serves; the draft knows two logical names (spec rule G11)."""
-ChatModelName = Annotated[Id, draft(enum=["llama3_8b_chat", "llama3_70b_chat"])]
+ChatModelName = Annotated[Id, draft(type="string", enum=["llama3_8b_chat", "llama3_70b_chat"])]
 """A chat model that the distribution serves; the draft knows two logical names (spec rule G11)."""
-RewardModelName = Annotated[Id, draft(enum=["llama3_405b_reward"])]
+RewardModelName = Annotated[Id, draft(type="string", enum=["llama3_405b_reward"])]
 """A reward model that the distribution serves; the draft knows one logical name (spec rule G11)."""

@@ -92,7 +92,7 @@ class Operation:
     creates: bool
     """Whether the operation brings the resource that it names into being."""
     resource: str | None
-    """The query parameter, or the dotted path of the body's field, that names the resource by which requests are routed."""
+    """The query parameter, or the dotted path of a body field, that names the resource; requests are routed by it."""
     doc: str = field(compare=False)
 
     @property
@@ -229,18 +229,29 @@ def _not_provided(method: Handler, mark: _Mark) -> Handler:
 def _read(api: type[Api], name: str, method: Any) -> Operation:
     mark: _Mark = method.__operation__
     source = inspect.unwrap(method)
+    where = f"{api.__name__}.{name}"
+    if not inspect.iscoroutinefunction(source):
+        raise TypeError(f"{where} must be declared with 'async def'")
     hints = get_type_hints(source, include_extras=True)
     query: dict[str, Parameter] = {}
     body: Parameter | None = None
     for parameter in list(inspect.signature(source).parameters.values())[1:]:
+        if parameter.name not in hints or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            raise TypeError(f"{where}: parameter {parameter.name!r} needs a type and a name of its own")
         annotation = hints[parameter.name]
         found = Parameter(parameter.name, annotation, parameter.default, _is_extension(annotation))
         if _is_body(annotation):
             if body is not None:
-                raise TypeError(f"{api.__name__}.{name} has two bodies: {body.name!r} and {parameter.name!r}")
+                raise TypeError(f"{where} has two bodies: {body.name!r} and {parameter.name!r}")
+            if mark.method != "POST":
+                raise TypeError(f"{where}: {mark.method} carries no body, and {parameter.name!r} is one")
             body = found
-        else:
+        elif _is_scalar(annotation):
             query[parameter.name] = found
+        else:
+            raise TypeError(f"{where}: {parameter.name!r} is neither a schema or list (body) nor a scalar (query)")
+    if "return" not in hints:
+        raise TypeError(f"{where} does not say what it returns")
     shape, result, chunk = _result(hints["return"])
     resource = mark.resource or (api.routed_by if _names(api.routed_by, query, body) else None)
     doc = inspect.getdoc(source) or ""
@@ -268,6 +279,17 @@ def _is_extension(annotation: Any) -> bool:
 def _is_body(annotation: Any) -> bool:
     bare = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
     return get_origin(bare) is list or (isinstance(bare, type) and issubclass(bare, BaseModel))
+
+
+def _is_scalar(annotation: Any) -> bool:
+    if get_origin(annotation) in (Union, types.UnionType):
+        return all(_is_scalar(choice) for choice in get_args(annotation))
+    if get_origin(annotation) is Literal:
+        return True
+    bare = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+    if bare is not annotation:
+        return _is_scalar(bare)
+    return isinstance(bare, type) and issubclass(bare, str | int | float | type(None))
 
 
 def _names(resource: str | None, query: Mapping[str, Parameter], body: Parameter | None) -> bool:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from .common import URL, Choice, Id, JsonObject, Schema
+from .common import URL, Choice, Id, JsonObject, Label, Schema
 from .contract import Api, delete, get, post
 
 
@@ -24,7 +24,7 @@ class ColumnKind(Choice):
 class Dataset(Schema, title="Dataset to be used for training or evaluating language models."):
     """Rows at a URL (JSON lines, CSV or Parquet), and the kind of each column."""
 
-    columns: Annotated[dict[str, ColumnKind], Field(max_length=1_000)]
+    columns: Annotated[dict[Label, ColumnKind], Field(max_length=1_000)]
     content_url: URL
     metadata: JsonObject
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import AsyncIterator
-from typing import Annotated
 
 from pydantic import Field
 
@@ -13,6 +12,7 @@ from .common import (
     ChatModelName,
     Content,
     Dialog,
+    Id,
     Items,
     JsonObject,
     MaxTokens,
@@ -20,6 +20,7 @@ from .common import (
     SamplingParams,
     Schema,
     StopReason,
+    Text,
     ToolCall,
     ToolDefinition,
 )
@@ -109,8 +110,8 @@ class BatchChatCompletionRequest(Schema):
 class EmbeddingsRequest(Schema):
     """Turn texts into vectors."""
 
-    model: Annotated[str, Field(min_length=1, max_length=255)]
-    contents: Items[str]
+    model: Id
+    contents: Items[Text]
 
 
 class EmbeddingsResponse(Schema):

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from .common import Base64, Choice, Id, Items, Json, JsonObject, Maybe, Schema
+from .common import Base64, Choice, Id, Items, JsonObject, Label, Maybe, Schema
 from .contract import Api, delete, get, post
 
 
@@ -26,7 +26,7 @@ class MemoryBankDocument(Schema):
     uuid: Id
     content: Base64
     metadata: JsonObject
-    mime_type: Annotated[str, Field(max_length=255)]
+    mime_type: Label
 
 
 class QueryMode(Choice):
@@ -45,7 +45,7 @@ class QueryRequest(Schema):
     embedding: Maybe[Annotated[list[float], Field(min_length=1, max_length=65_536)]] = None
     k: int = Field(default=5, ge=1, le=1_000)
     mode: QueryMode = QueryMode.HYBRID
-    filter: Maybe[dict[str, Json]] = None
+    filter: Maybe[JsonObject] = None
     """A condition over the documents' metadata, in the filter language of the bank's provider."""
 
 

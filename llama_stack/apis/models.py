@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Annotated
 
 from pydantic import Field
 
-from .common import Choice, Id, JsonObject, Maybe, Schema
+from .common import Choice, Id, JsonObject, Label, Maybe, Schema
 from .contract import Api, get
 
 
@@ -29,7 +28,7 @@ class ServedModel(Schema):
     """The provider that serves it; the stack fills it in."""
     alias_of: Maybe[Id] = None
     """The model that this name stands for, when it is an alias."""
-    device: Maybe[Annotated[str, Field(max_length=255)]] = None
+    device: Maybe[Label] = None
     """Where it runs, such as ``cpu`` or ``cuda:0``."""
     context_tokens: Maybe[int] = None
     """The most tokens that prompt and answer may have together."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from datetime import datetime
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AwareDatetime, Discriminator, Field, Tag
 
-from .common import EXTENSION, URL, BaseModelName, Choice, Id, Items, JsonObject, Maybe, Schema, draft
+from .common import ANY_OF, EXTENSION, URL, BaseModelName, Choice, Id, Items, JsonObject, Maybe, Schema, draft
 from .contract import Api, get, post
 from .datasets import Dataset
 
@@ -39,7 +38,7 @@ class OptimizerType(Choice):
 class LoraFinetuningConfig(Schema):
     """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685)."""
 
-    lora_attn_modules: Items[str]
+    lora_attn_modules: Items[Id]
     apply_lora_to_mlp: bool
     apply_lora_to_output: bool
     rank: Annotated[int, Field(ge=1, le=65_536)]
@@ -54,6 +53,21 @@ class DoraFinetuningConfig(LoraFinetuningConfig):
     """Weight-decomposed adapters (Liu et al. 2024, arXiv:2402.09353)."""
 
 
+def _adapter_tag(config: Any) -> str:
+    """What the caller built, or plain LoRA for JSON: the three have the same keys and ``algorithm`` tells them apart."""
+    return type(config).__name__ if isinstance(config, LoraFinetuningConfig) else LoraFinetuningConfig.__name__
+
+
+AdapterConfig = Annotated[
+    Annotated[LoraFinetuningConfig, Tag("LoraFinetuningConfig")]
+    | Annotated[QLoraFinetuningConfig, Tag("QLoraFinetuningConfig")]
+    | Annotated[DoraFinetuningConfig, Tag("DoraFinetuningConfig")],
+    Discriminator(_adapter_tag),
+    ANY_OF,
+]
+"""The settings of an adapter, of any of the three kinds."""
+
+
 class DPOAlignmentConfig(Schema):
     """Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290).
 
@@ -61,9 +75,9 @@ class DPOAlignmentConfig(Schema):
     ``gamma`` a reward margin (spec: settled readings, operation 19).
     """
 
-    reward_scale: float
-    reward_clip: float
-    epsilon: float
+    reward_scale: Annotated[float, Field(gt=0)]
+    reward_clip: Annotated[float, Field(ge=0)]
+    epsilon: Annotated[float, Field(ge=0, lt=0.5)]
     gamma: float
 
 
@@ -71,9 +85,9 @@ class OptimizerConfig(Schema):
     """The optimiser and its schedule: from ``lr`` down to ``lr_min``."""
 
     optimizer_type: OptimizerType
-    lr: float
-    lr_min: float
-    weight_decay: float
+    lr: Annotated[float, Field(ge=0)]
+    lr_min: Annotated[float, Field(ge=0)]
+    weight_decay: Annotated[float, Field(ge=0)]
 
 
 class TrainingConfig(Schema):
@@ -96,13 +110,7 @@ class PostTrainingSFTRequest(Schema, title="Request to finetune a model."):
     dataset: Dataset
     validation_dataset: Dataset
     algorithm: FinetuningAlgorithm
-    algorithm_config: Annotated[
-        Maybe[LoraFinetuningConfig],
-        draft(
-            required=True,
-            anyOf=["LoraFinetuningConfig", "QLoraFinetuningConfig", "DoraFinetuningConfig"],
-        ),
-    ] = None
+    algorithm_config: Annotated[Maybe[AdapterConfig], draft(required=True)] = None
     optimizer_config: OptimizerConfig
     training_config: TrainingConfig
     hyperparam_search_config: JsonObject
@@ -147,9 +155,9 @@ class PostTrainingJobStatusResponse(Schema, title="Status of a finetuning job.")
 
     job_uuid: Id
     status: JobStatus
-    scheduled_at: Maybe[datetime] = None
-    started_at: Maybe[datetime] = None
-    completed_at: Maybe[datetime] = None
+    scheduled_at: Maybe[AwareDatetime] = None
+    started_at: Maybe[AwareDatetime] = None
+    completed_at: Maybe[AwareDatetime] = None
     resources_allocated: Maybe[JsonObject] = None
     checkpoints: Items[Checkpoint]
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Annotated
 
-from pydantic import Field
-
-from .common import Items, Maybe, Message, Schema, ShieldConfig
+from .common import Items, Label, Maybe, Message, Schema, ShieldConfig, Text
 from .contract import Api, post
 
 
@@ -16,9 +13,9 @@ class Violation(Schema):
 
     inline = True
 
-    violation_type: Annotated[str, Field(max_length=255)]
-    details: str
-    suggested_user_response: Maybe[str] = None
+    violation_type: Label
+    details: Text
+    suggested_user_response: Maybe[Text] = None
 
 
 class RunShieldRequest(Schema):
