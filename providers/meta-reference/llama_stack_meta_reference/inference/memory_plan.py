@@ -64,7 +64,7 @@ def memory_plan(
     *,
     available_bytes: int | None = None,
 ) -> MemoryPlan:
-    """Plan ``sequences`` sequences of ``context`` tokens; the device is asked for its free bytes unless they are given."""
+    """Plan ``sequences`` sequences of ``context`` tokens; free bytes are asked of the device unless given."""
     available = available_memory(device) if available_bytes is None else available_bytes
     weight_bytes = config.parameter_count * dtype.itemsize
     bytes_per_token = cache_bytes(config, 1, dtype)

@@ -76,12 +76,17 @@ class MetaShards:
         """Fill a whole weight from its parts, turning query and key rows from Meta's rotary order into model.py's."""
         axis = self._axis(name, tuple(weight.shape))
         if axis is None:
-            weight.copy_(self._shards[0][name])
+            first, *others = self._parts(name)
+            if not all(torch.equal(first, other) for other in others):
+                raise CheckpointError(
+                    f"{self.paths[0].parent}: {name} differs between shards: they are of different models"
+                )
+            weight.copy_(first)
             return
         for target, part in zip(weight.chunk(len(self.paths), axis), self._parts(name), strict=True):
             target.copy_(part)
         if name.endswith(_BY_HEAD):
-            # Meta turns neighbours (2i, 2i + 1), model.py the halves (i, i + K/2): the same pairs elsewhere in the head.
+            # Meta turns neighbours (2i, 2i + 1), model.py halves (i, i + K/2): the same pairs elsewhere in the head.
             pairs = weight.view(-1, config.head_dim // 2, 2, weight.shape[1])
             weight.copy_(pairs.transpose(1, 2).reshape(weight.shape))
 
@@ -91,7 +96,7 @@ class MetaShards:
         elif name.endswith(_SPLIT_BY_COLUMNS):
             axis = 1
         elif name == "tok_embeddings.weight":
-            axis = 0 if self._shards[0][name].shape[-1] == shape[1] else 1
+            axis = 0 if self._shards[0][name].shape[-1:] == shape[1:] else 1
         else:
             return None
         if shape[axis] % len(self.paths):

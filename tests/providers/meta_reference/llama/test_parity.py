@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import LlamaForCausalLM
-
 from llama_stack_meta_reference.inference.kv_cache import KVCache
 from llama_stack_meta_reference.llama.checkpoint import load_model, open_checkpoint
 from llama_stack_meta_reference.llama.model import Llama
+from torch import Tensor
+from transformers import LlamaForCausalLM
 
 from tests.providers.meta_reference.checkpoints import random_reference, scaled_rope, write_hugging_face, write_meta
 
@@ -58,7 +57,7 @@ def prompts_BT(reference: LlamaForCausalLM) -> Tensor:
 def test_logits_equal_transformers_past_the_original_context(
     reference: LlamaForCausalLM, model: Llama, prompts_BT: Tensor
 ) -> None:
-    """A wrong angle, norm, grouping or scaling shows here; 200 tokens are three times the context that scaling stretches."""
+    """A wrong angle, norm, grouping or scaling shows here: 200 tokens are three times the context that is stretched."""
     expected = reference(prompts_BT).logits
     assert expected.std() > 0.5
     torch.testing.assert_close(model(prompts_BT), expected, atol=TOLERANCE, rtol=0)

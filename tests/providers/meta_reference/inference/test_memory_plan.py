@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from llama_stack_meta_reference.inference.memory_plan import available_memory, memory_plan
+from llama_stack_meta_reference.llama.config import LlamaConfig
+
+from tests.providers.meta_reference.conftest import SMALL
+
+GIB = 1 << 30
+
+LLAMA_3_1_8B = LlamaConfig.from_meta(
+    {
+        "dim": 4096,
+        "n_layers": 32,
+        "n_heads": 32,
+        "n_kv_heads": 8,
+        "vocab_size": 128256,
+        "multiple_of": 1024,
+        "ffn_dim_multiplier": 1.3,
+        "norm_eps": 1e-05,
+        "rope_theta": 500000.0,
+        "use_scaled_rope": True,
+    }
+)
+
+
+def test_plan_of_a_published_model_matches_its_published_figures() -> None:
+    """8,030,261,248 weights, and 128 KiB of bfloat16 cache a token: 32 layers x 8 heads x 128 x 2 x 2 bytes."""
+    plan = memory_plan(LLAMA_3_1_8B, torch.bfloat16, "cuda:0", 8192, 4, available_bytes=24 * GIB)
+    assert plan.weight_bytes == 2 * 8_030_261_248
+    assert plan.cache_bytes_per_token == 128 * 1024
+    assert plan.cache_bytes == 4 * GIB
+    assert plan.fits
+    assert str(plan) == (
+        "cuda:0: weights 14.96 GiB + cache 4 GiB (4 x 8192 tokens of 128 KiB) = 18.96 GiB of 24 GiB free; "
+        "longest context for 4 at once: 18518 tokens"
+    )
+
+
+def test_the_longest_context_is_the_most_that_fits() -> None:
+    """The figure is what an operator will write into the YAML: one token more must not fit."""
+    plan = memory_plan(SMALL, torch.float32, "cpu", 100, 3, available_bytes=500_000)
+    at_the_edge = replace(plan, context=plan.longest_context)
+    assert 0 < plan.longest_context < SMALL.max_context
+    assert at_the_edge.fits
+    assert not replace(plan, context=plan.longest_context + 1).fits
+
+
+def test_the_longest_context_ends_at_the_models_own() -> None:
+    """More memory does not teach a model positions it never saw."""
+    assert memory_plan(SMALL, torch.float32, "cpu", 8, 1, available_bytes=GIB).longest_context == SMALL.max_context
+
+
+def test_no_context_fits_where_the_weights_do_not() -> None:
+    """Zero, not a negative number."""
+    plan = memory_plan(SMALL, torch.float32, "cpu", 8, 1, available_bytes=1000)
+    assert (plan.longest_context, plan.fits) == (0, False)
+
+
+def test_memory_of_this_machine_is_asked_when_none_is_given() -> None:
+    """The default must be a real figure: some memory, and no more than the address space of a machine."""
+    assert 0 < available_memory("cpu") < 1 << 50
+    assert memory_plan(SMALL, torch.float32, "cpu", 8, 1).fits
