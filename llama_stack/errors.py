@@ -45,6 +45,7 @@ it is logged in full and answered 500 without its text. The tree::
         ├── DistributionError              the YAML; carries every fault found
         ├── PluginError                    an installed plugin; names package, cause and remedy
         │   ├── PluginLoadError
+        │   ├── NotInstalledError
         │   ├── DuplicateProviderError
         │   └── ContractMismatchError
         ├── ProviderStartError             a required provider did not start
@@ -477,6 +478,17 @@ class PluginLoadError(PluginError):
     def __init__(self, plugin: str, package: str, version: str, cause: str, remedy: str) -> None:
         self.plugin, self.package, self.version, self.cause, self.remedy = plugin, package, version, cause, remedy
         super().__init__(f"plugin {plugin!r} of {' '.join((package, version)).strip()}: {cause}; {remedy}")
+
+
+class NotInstalledError(PluginError):
+    """A name that no installed plugin declares, or none that can be loaded."""
+
+    code = "not_installed"
+    title = "Not installed"
+
+    def __init__(self, what: str, remedy: str) -> None:
+        self.what, self.remedy = what, remedy
+        super().__init__(f"{what}; {remedy}")
 
 
 class DuplicateProviderError(PluginError):

@@ -261,7 +261,7 @@ _RECORDS: Mapping[str, type[Any]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plugin:
     """An installed plugin as package metadata describe it; nothing of it is imported yet."""
 
