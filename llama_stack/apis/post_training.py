@@ -54,7 +54,7 @@ class DoraFinetuningConfig(LoraFinetuningConfig):
 
 
 def _adapter_tag(config: Any) -> str:
-    """What the caller built, or plain LoRA for JSON: the three have the same keys and ``algorithm`` tells them apart."""
+    """What the caller built; LoRA for JSON, where the three have the same keys and ``algorithm`` tells them apart."""
     return type(config).__name__ if isinstance(config, LoraFinetuningConfig) else LoraFinetuningConfig.__name__
 
 
