@@ -1,7 +1,7 @@
 """A small byte-level BPE with Llama 3's splitting rule, in both forms in which checkpoints carry one.
 
-Trained in the test run from the text below, so that no tokenizer file of anyone else's is needed. The ids are those of a
-real checkpoint in miniature: ordinary tokens from 0 by rank, then Llama 3.1's 256 special tokens.
+Trained in the test run from the text below, so that no tokenizer file of anyone else's is needed. The ids are those of
+a real checkpoint in miniature: ordinary tokens from 0 by rank, then Llama 3.1's 256 special tokens.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ VOCABULARY = 600
 
 _TEXT = (
     "The quick brown fox jumps over the lazy dog, and the cat sat on the mat. What is the weather in Paris today? "
-    'You are a helpful assistant. user system assistant ipython {"name": "get_weather", "parameters": {"city": "Oslo"}} '
+    'You are a helpful assistant. user system ipython {"name": "get_weather", "parameters": {"city": "Oslo"}} '
     "def main():\n    print('hello world')\n\n  return 1234567890\n\nEnvironment: ipython\nTools: brave_search\n "
-    "Grüße aus München, où est la bibliothèque? Привет, как дела? 你好，世界。 😀😃 don't I'm you're we've they'll "
+    "Grüße aus München, où est la bibliothèque? Привет, как дела? 你好 世界。 😀😃 don't I'm you're we've they'll "
 )
 
 

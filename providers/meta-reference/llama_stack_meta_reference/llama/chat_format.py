@@ -162,7 +162,7 @@ def _message(message: Message, index: int) -> Iterator[str]:
         _check_role(message, index)
         yield from _tool_message(message, index)
     else:
-        yield from _header(message.role)
+        yield from _header(message.role.value)
         yield from _body(message, index)
 
 
@@ -245,9 +245,10 @@ def _text(content: Content, where: str) -> str:
 def _check_role(message: Message, index: int) -> None:
     if message.tool_calls and message.role != "assistant":
         raise InvalidRequestError(
-            f"message {index} has tool_calls and role {message.role!r}; only an assistant calls tools"
+            f"message {index} has tool_calls and role {message.role.value!r}; only an assistant calls tools"
         )
     if message.tool_responses and message.role != "tool":
         raise InvalidRequestError(
-            f"message {index} has tool_responses and role {message.role!r}; responses come in a message of role 'tool'"
+            f"message {index} has tool_responses and role {message.role.value!r}; "
+            "responses come in a message of role 'tool'"
         )

@@ -36,6 +36,7 @@ MAX_RUN_CHARACTERS = 25_000
 
 SPECIAL_TOKENS = 256
 _MAX_FILE_BYTES = 64 * 1024 * 1024
+_MAX_IDS = 2**24
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _UNKNOWN = b"\xff"  # never valid in UTF-8, so an id outside the vocabulary reads as U+FFFD
 
@@ -217,8 +218,11 @@ def load_hugging_face(path: Path) -> Tokenizer:
         raise CheckpointError(f"{path}: {error} is missing or is no byte-level token") from error
     except Exception as error:  # the library raises plain Exception for every fault in the file
         raise CheckpointError(f"{path}: {error}") from error
-    if not pieces or len(set(pieces) | set(specials.values())) != len(pieces) + len(specials):
+    ids = [*model["vocab"].values(), *specials.values()]
+    if not pieces or len(set(ids)) != len(ids):
         raise CheckpointError(f"{path}: {'two tokens share an id' if pieces else 'the vocabulary is empty'}")
+    if not 0 <= min(ids) <= max(ids) < _MAX_IDS:
+        raise CheckpointError(f"{path}: token ids run from {min(ids)} to {max(ids)}; allowed are 0 to {_MAX_IDS - 1}")
 
     def encode(text: str) -> list[int]:
         ids: list[int] = encoder.encode(text, add_special_tokens=False).ids
