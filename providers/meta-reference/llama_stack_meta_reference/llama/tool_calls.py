@@ -105,8 +105,14 @@ class ToolCallParser:
                     position += 1
         return self._take()
 
-    def finish(self) -> list[str | ToolCall]:
-        """What was still held back, now that the reply has ended."""
+    def finish(self, *, is_cut: bool = False) -> list[str | ToolCall]:
+        """What was still held back, now that the reply has ended.
+
+        Nothing but the end of a reply ends code. ``is_cut`` says that the model did not end it (``max_tokens`` did):
+        half a program is no call, so it is text.
+        """
+        if is_cut and self._place in (_Place.TAG, _Place.CODE):
+            self._release()
         self._end()
         self._place = _Place.START
         return self._take()
@@ -159,10 +165,12 @@ class ToolCallParser:
 
     def _end(self) -> None:
         """Close what is open, for the reply ends here or a new ``<|python_tag|>`` begins."""
+        if self._reading is not None:
+            self._refuse()
         if self._place is _Place.CODE:
             code = "".join(self._held)
             self._out.append(ToolCall(tool_name=self._names[CODE_INTERPRETER], arguments={"code": code}))
-        elif self._reading is not None or self._place is not _Place.CALL:
+        elif self._place is not _Place.CALL:
             self._release()
         self._held.clear()
 
