@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from pydantic.json_schema import DEFAULT_REF_TEMPLATE, GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
-from ..apis import DRAFT_APIS, Api, Operation, Shape, contract_of, operations
+from ..apis import DRAFT_APIS, Api, Operation, Parameter, Shape, contract_of, operations
 from ..apis.common import Schema
 
 Json = dict[str, Any]
@@ -26,8 +26,22 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 _COMPONENT = "#/components/schemas/"
 _LIMITS = frozenset(
-    ["minLength", "maxLength", "pattern", "minItems", "maxItems", "minProperties", "maxProperties"]
-    + ["propertyNames", "patternProperties", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"]
+    [
+        "minLength",
+        "maxLength",
+        "pattern",
+        "minItems",
+        "maxItems",
+        "minProperties",
+        "maxProperties",
+        "propertyNames",
+        "patternProperties",
+        "minimum",
+        "maximum",
+        "exclusiveMinimum",
+        "exclusiveMaximum",
+        "multipleOf",
+    ]
 )
 
 PROBLEM: Json = {
@@ -87,12 +101,9 @@ def draft_document(apis: Iterable[type[Api]] = DRAFT_APIS) -> Json:
     for operation in found:
         described = _described(operation, schemas)
         described["parameters"] = [
-            {"in": "query", "name": name, "required": parameter.is_required, "schema": schemas.query(operation, name)}
-            for name, parameter in operation.query.items()
-            if not parameter.is_extension
+            _query(p, schemas, operation) for p in operation.query.values() if not p.is_extension
         ]
-        reply = _draft_reply(operation, schemas)
-        described["responses"] = {"200": {"description": "OK"} | ({"content": reply} if reply else {})} | _errors()
+        described["responses"] = _responses(_draft_reply(operation, schemas))
         paths.setdefault(operation.path, {})[operation.method.lower()] = described
     components = schemas.reached_from(paths)
     tags = sorted({operation.api.tag for operation in found})
@@ -127,12 +138,8 @@ def extension_document(apis: Iterable[type[Api]], paths: Mapping[str, Any] | Non
         described = _described(operation, schemas)
         described["operationId"] = f"{operation.api.name}_{operation.name}"
         described["x-extension"] = not _is_draft(operation)
-        described["parameters"] = [
-            {"in": "query", "name": name, "required": parameter.is_required, "schema": schemas.query(operation, name)}
-            for name, parameter in operation.query.items()
-        ]
-        reply = _full_reply(operation, schemas)
-        described["responses"] = {"200": {"description": "OK"} | ({"content": reply} if reply else {})} | _errors()
+        described["parameters"] = [_query(p, schemas, operation) for p in operation.query.values()]
+        described["responses"] = _responses(_full_reply(operation, schemas))
         listed.setdefault(operation.path, {})[operation.method.lower()] = described
     return {
         "openapi": "3.1.0",
@@ -181,6 +188,13 @@ def _described(operation: Operation, schemas: _Schemas) -> Json:
     return described
 
 
+def _query(parameter: Parameter, schemas: _Schemas, operation: Operation) -> Json:
+    schema = schemas.query(operation, parameter.name)
+    if isinstance(parameter.default, str | bool | int | float):
+        schema = schema | {"default": parameter.default}
+    return {"in": "query", "name": parameter.name, "required": parameter.is_required, "schema": schema}
+
+
 def _draft_reply(operation: Operation, schemas: _Schemas) -> Json:
     """A reply as the draft declares it: a streamed one is JSON of either kind, a list is lines (rules G6, G7)."""
     if operation.shape is Shape.VOID:
@@ -210,9 +224,10 @@ def _full_reply(operation: Operation, schemas: _Schemas) -> Json:
     return {"application/json": {"schema": result}}
 
 
-def _errors() -> Json:
-    content = {"application/problem+json": {"schema": {"$ref": _COMPONENT + "Problem"}}}
-    return {"default": {"description": "Anything but a success.", "content": content}}
+def _responses(reply: Json) -> Json:
+    success = {"description": "OK"} | ({"content": reply} if reply else {})
+    problem = {"application/problem+json": {"schema": {"$ref": _COMPONENT + "Problem"}}}
+    return {"200": success, "default": {"description": "Anything but a success.", "content": problem}}
 
 
 def _tag_description(tag: str, found: Iterable[Operation]) -> str:
