@@ -261,9 +261,8 @@ class _Fields:
         if value is None:
             value = default
         if value is None:
-            raise CheckpointError(
-                f"{self.file}: {name} is missing; found: {', '.join(sorted(self.values)) or 'no fields'}"
-            )
+            given = sorted(key for key, found in self.values.items() if found is not None)
+            raise CheckpointError(f"{self.file}: {name} is missing; found: {', '.join(given)[:300] or 'no fields'}")
         return value
 
 
