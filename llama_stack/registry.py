@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Hashable, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -38,7 +38,7 @@ from .storage import Blobs, Database
 
 S = TypeVar("S", bound=Spec, covariant=True)
 
-_Key = tuple[Hashable, ...]
+_Key = tuple[Any, ...]
 """The class of a record, the API where it is a provider, and the name."""
 
 CORE = Plugin(("llama-stack",), f"llama-stack {__version__}", "llama_stack")
@@ -110,27 +110,27 @@ class Registry:
 
     def api(self, name: str) -> type[Api]:
         """The contract of that name. Raises ``NotInstalledError`` or ``DuplicateProviderError``."""
-        return cast(ApiSpec, self._find((ApiSpec, name), "API").spec).api
+        return cast(ApiSpec, self._find((ApiSpec, name), f"API {name!r}").spec).api
 
     def provider(self, api: type[Api], name: str) -> Installed[ProviderSpec]:
         """The provider of that name for the API. Raises ``NotInstalledError`` or ``DuplicateProviderError``."""
-        return self._find((ProviderSpec, api, name), f"provider of {api.name!r}")
+        return self._find((ProviderSpec, api, name), f"provider {name!r} of {api.name!r}")
 
     def tool(self, name: str) -> Installed[ToolSpec]:
         """The tool of that name. Raises ``NotInstalledError`` or ``DuplicateProviderError``."""
-        return self._find((ToolSpec, name), "tool")
+        return self._find((ToolSpec, name), f"tool {name!r}")
 
     def face(self, name: str) -> Installed[FaceSpec]:
         """The face of that name. Raises ``NotInstalledError`` or ``DuplicateProviderError``."""
-        return self._find((FaceSpec, name), "face")
+        return self._find((FaceSpec, name), f"face {name!r}")
 
     def command(self, name: str) -> Installed[CommandSpec]:
         """The command of that name. Raises ``NotInstalledError`` or ``DuplicateProviderError``."""
-        return self._find((CommandSpec, name), "command")
+        return self._find((CommandSpec, name), f"command {name!r}")
 
     def middleware(self, name: str) -> Installed[MiddlewareSpec]:
         """The middleware of that name. Raises ``NotInstalledError`` or ``DuplicateProviderError``."""
-        return self._find((MiddlewareSpec, name), "middleware")
+        return self._find((MiddlewareSpec, name), f"middleware {name!r}")
 
     def apis(self) -> list[Installed[ApiSpec]]:
         """All contracts, the core's first. Loads every plugin."""
@@ -165,7 +165,7 @@ class Registry:
         """Why the plugin whose entry point or package has that name could not be loaded, if it was tried and failed."""
         return next((fault for plugin, fault in self._faults.items() if name in (*plugin.names, plugin.package)), None)
 
-    def _find(self, key: _Key, kind: str) -> Installed[Any]:
+    def _find(self, key: _Key, described: str) -> Installed[Any]:
         name = key[-1]
         for plugin in self.plugins:
             if plugin.entry is None or name in plugin.names:
@@ -174,7 +174,7 @@ class Registry:
             self.load_all()
         found = self._table.get(key)
         if found is None:
-            raise self._not_installed(key, kind)
+            raise self._not_installed(key, described)
         if len(found) > 1:
             raise _duplicate(found)
         return found[0]
@@ -208,17 +208,20 @@ class Registry:
                     what = f"its API {api.name!r} has the operation {operation.key}, which {taken[operation.key]!r} has"
                     raise plugin.fault(what, "choose another path")
 
-    def _not_installed(self, key: _Key, kind: str) -> NotInstalledError:
+    def _not_installed(self, key: _Key, described: str) -> NotInstalledError:
         name = str(key[-1])
         fault = self.fault_of(name)
         if fault is not None:
-            what = f"the plugin that brings the {kind} {name!r} cannot be loaded: {fault.cause}"
+            what = f"the plugin that brings the {described} cannot be loaded: {fault.cause}"
             return NotInstalledError(what, fault.remedy)
-        what = f"no installed plugin declares the {kind} {name!r}"
+        what = f"no installed plugin declares the {described}"
         denied = next((plugin for plugin in self.denied if name in (*plugin.names, plugin.package)), None)
         if denied is not None:
             remedy = f"admit {denied.name!r} of {denied.package} under 'plugins:'"
-            return NotInstalledError(f"the plugin that brings the {kind} {name!r} is not admitted", remedy)
+            return NotInstalledError(f"the plugin that brings the {described} is not admitted", remedy)
+        elsewhere = [other[1].name for other in self._table if (other[0], other[-1]) == (ProviderSpec, name)]
+        if key[0] is ProviderSpec and elsewhere:
+            return NotInstalledError(what, f"{name!r} provides {listed(elsewhere)}")
         known = [str(other[-1]) for other in self._table if other[:-1] == key[:-1]]
         remedy = nearest(name, known).removeprefix("; ") or f"installed: {listed(known)}"
         if self._faults:

@@ -1,5 +1,7 @@
 """Distributions: the YAML files that name what a stack runs."""
 
+from .check import check_distribution, load_distribution
+from .faults import Fault
 from .models import (
     Distribution,
     FaceEntry,
@@ -10,14 +12,22 @@ from .models import (
     ServerLimits,
     StorageConfig,
 )
+from .schema import json_schema
+from .source import find_distribution, shipped_distributions
 
 __all__ = [
     "Distribution",
     "FaceEntry",
+    "Fault",
     "MiddlewareEntry",
     "PluginFilter",
     "ProviderEntry",
     "ServerConfig",
     "ServerLimits",
     "StorageConfig",
+    "check_distribution",
+    "find_distribution",
+    "json_schema",
+    "load_distribution",
+    "shipped_distributions",
 ]

@@ -167,7 +167,7 @@ def _described(
         wanted = dict.fromkeys(w for f in found if (w := _WANTED.get(f.error["type"])))
         what, remedy = texts[0]
         if len(wanted) > 1:
-            what = f"expected {' or '.join(wanted)}, got {_shown(found[0])}"
+            what = f"expected {' or '.join(wanted)}, got {_kind(found[0])}"
         remedies = dict.fromkeys(remedy for _, remedy in texts)
         yield Fault.at(
             found[0].mark, (*prefix, *found[0].path), what, " or ".join(remedies) if len(found) > 1 else remedy
@@ -184,7 +184,7 @@ def _texts(model: type[BaseModel], finding: Finding, hidden: Mapping[str, str]) 
     if kind == "extra_forbidden":
         return "unknown key", _unknown_remedy(model, finding)
     if wanted:
-        return f"expected {wanted}, got {got}", _type_remedy(wanted, finding.node)
+        return f"expected {wanted}, got {_kind(finding)}", _type_remedy(wanted, finding.node)
     for limit, short, right in (
         ("ge", "too small", "or more"),
         ("gt", "too small", None),
@@ -215,6 +215,13 @@ def _shown(finding: Finding) -> str:
     if is_secret and isinstance(finding.node, Scalar) and isinstance(finding.node.value, str | int | float):
         return "the value"
     return shown(finding.node)
+
+
+def _kind(finding: Finding) -> str:
+    node = finding.node
+    is_text = isinstance(node, Scalar) and isinstance(node.value, str) and not node.variables
+    shown_value = _shown(finding)
+    return f"the text {shown_value}" if is_text and shown_value.startswith(("'", '"')) else shown_value
 
 
 def _type_remedy(wanted: str, node: Node) -> str:
