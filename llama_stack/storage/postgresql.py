@@ -81,6 +81,7 @@ class PostgresqlConnections:
         """See ``Database.read``."""
         async with transaction(self._reader) as connection:
             yield connection
+            self._health.reachable = True
 
     @asynccontextmanager
     async def writing(self, owner: str, *, frees_space: bool) -> AsyncIterator[AsyncConnection]:
@@ -96,6 +97,7 @@ class PostgresqlConnections:
                 # raises, unless the failure was undone by a savepoint.
                 await connection.exec_driver_sql("SELECT 1")
             await to_the_end(connection.commit())
+            self._health.reachable = True
 
     async def close(self) -> None:
         """Close every connection."""
@@ -115,7 +117,6 @@ class PostgresqlConnections:
         except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, ValueError) as error:
             self._health.reachable = False
             raise StoreUnavailableError(f"PostgreSQL cannot be reached: {error or type(error).__name__}") from error
-        self._health.reachable = True
         return connection
 
     def _explain(self, context: ExceptionContext) -> StackError | None:

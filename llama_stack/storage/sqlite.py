@@ -21,7 +21,7 @@ from llama_stack.errors import (
     StoreTooNewError,
     StoreUnavailableError,
 )
-from llama_stack.storage.cancellation import to_the_end
+from llama_stack.storage.cancellation import in_thread, to_the_end
 from llama_stack.storage.database import Health
 from llama_stack.storage.files import sync_folder
 from llama_stack.storage.migrations import CORE_MIGRATIONS, CORE_OWNER
@@ -81,7 +81,9 @@ class SqliteConnections:
             self._fill_ballast()
 
     def _refuse_foreign(self) -> None:
-        file = sqlite3.connect(f"{self._path.as_uri()}?mode=ro", uri=True)
+        # Without a log there is nothing but the file, and "immutable" reads it without making the two files beside it.
+        log = self._path.with_name(self._path.name + "-wal")
+        file = sqlite3.connect(f"{self._path.as_uri()}?mode=ro{'' if log.exists() else '&immutable=1'}", uri=True)
         try:
             tables = {name for (name,) in file.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
             if "llama_stack_migrations" in tables:
@@ -111,19 +113,27 @@ class SqliteConnections:
             uses_ballast = frees_space and self._durable and _free_bytes(self._path) < BALLAST_BYTES
             if uses_ballast:
                 self._ballast.unlink(missing_ok=True)
+                await self._empty_log()
             async with transaction(self._writer) as connection:
                 yield connection
                 await to_the_end(connection.commit())
-                if uses_ballast:
-                    # Moves the log into the file, so that the next removal starts the log anew instead of growing it.
-                    await to_the_end(_checkpoint(connection))
             if uses_ballast:
-                self._fill_ballast()
+                await self._empty_log()
+            if frees_space and self._durable:
+                await in_thread(self._fill_ballast)
 
     async def close(self) -> None:
         """Close every connection; the last one moves the log into the file."""
         await self._reader.dispose()
         await self._writer.dispose()
+
+    async def _empty_log(self) -> None:
+        """Move the log into the file, so that the next transaction starts it anew instead of growing it."""
+        async with self._writer.connect() as connection:
+            driver = (await connection.get_raw_connection()).driver_connection
+            assert driver is not None
+            with suppress(sqlite3.Error):  # what cannot be moved now stays in the log, which is as good
+                await to_the_end(driver.execute_fetchall("PRAGMA wal_checkpoint(PASSIVE)"))
 
     def _fill_ballast(self) -> None:
         with suppress(OSError):  # no room for it now: the next removal tries again
@@ -204,13 +214,6 @@ class SqliteConnections:
         if code & 0xFF in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
             return self._health.fail(f"the disk under the store failed ({error}, {error.sqlite_errorname})")
         return None
-
-
-async def _checkpoint(connection: AsyncConnection) -> None:
-    driver = (await connection.get_raw_connection()).driver_connection
-    assert driver is not None
-    with suppress(sqlite3.Error):  # the removal itself is committed
-        await driver.execute_fetchall("PRAGMA wal_checkpoint(PASSIVE)")
 
 
 def _free_bytes(path: Path) -> int:
