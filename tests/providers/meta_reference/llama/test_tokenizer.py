@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tiktoken
 import tokenizers
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from llama_stack_meta_reference.llama.tokenizer import (
     SPLIT_PATTERN,
@@ -26,6 +26,8 @@ from llama_stack_meta_reference.llama.tokenizer import (
 
 from llama_stack.errors import CheckpointError, InvalidRequestError
 from tests.providers.meta_reference.small_tokenizer import write_hugging_face, write_meta
+
+UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
 
 TEXTS = st.text(
     st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(" \n\r\t'1aé😀<|>_")), max_size=60
@@ -50,6 +52,7 @@ def hugging_face(folder: Path) -> Tokenizer:
     return load_tokenizer(folder / "tokenizer.json")
 
 
+@UNTIMED
 @given(text=TEXTS)
 def test_both_forms_give_the_same_ids_and_give_the_text_back(
     meta: Tokenizer, hugging_face: Tokenizer, text: str
@@ -60,6 +63,7 @@ def test_both_forms_give_the_same_ids_and_give_the_text_back(
     assert meta.decode(ids) == hugging_face.decode(ids) == text
 
 
+@UNTIMED
 @given(text=TEXTS)
 def test_ids_are_those_of_the_libraries_themselves(
     meta: Tokenizer, hugging_face: Tokenizer, folder: Path, text: str
@@ -124,6 +128,7 @@ def test_a_first_generation_folder_reads_under_its_own_names(folder: Path) -> No
     assert tokenizer.stop_ids == {tokenizer.specials["<|end_of_text|>"], tokenizer.specials["<|eot_id|>"]}
 
 
+@UNTIMED
 @given(data=st.data())
 def test_streamed_text_equals_text_decoded_at_once(meta: Tokenizer, data: st.DataObject) -> None:
     """Any ids, broken characters, special tokens and ids of nothing included, give one text however they arrive."""
@@ -140,6 +145,7 @@ def test_streamed_text_equals_text_decoded_at_once(meta: Tokenizer, data: st.Dat
     assert streamed == "".join(run.decode("utf-8", "replace") for run in runs)
 
 
+@UNTIMED
 @given(text=TEXTS)
 def test_streamed_pieces_are_whole_characters(hugging_face: Tokenizer, text: str) -> None:
     """A client shows each piece as it comes; half an emoji would be a replacement character that never goes away."""

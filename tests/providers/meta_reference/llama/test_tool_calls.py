@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from llama_stack_meta_reference.llama.chat_format import ChatFormat
 from llama_stack_meta_reference.llama.tokenizer import SpecialToken, TextDecoder, Tokenizer, load_tokenizer
@@ -17,6 +17,8 @@ from llama_stack_meta_reference.llama.tool_calls import MAX_DEPTH, MAX_HELD_CHAR
 
 from llama_stack.apis.common import Json, Message, Role, ToolCall, ToolDefinition
 from tests.providers.meta_reference.small_tokenizer import write_meta
+
+UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
 
 TAG = "<|python_tag|>"
 """In the replies below this is the special token."""
@@ -254,6 +256,7 @@ FRAGMENTS = st.sampled_from(
 WRITTEN = st.lists(FRAGMENTS | st.text(max_size=3), max_size=14).map("".join)
 
 
+@UNTIMED
 @given(reply=WRITTEN | st.sampled_from(REPLIES), data=st.data())
 def test_any_split_gives_the_same(reply: str, data: st.DataObject) -> None:
     """Where tokens end depends on the model and on the network; what was called must not."""
@@ -268,6 +271,7 @@ def test_any_split_gives_the_same(reply: str, data: st.DataObject) -> None:
     assert parse(parts, tools) == parse(pieces(reply), tools)
 
 
+@UNTIMED
 @given(reply=WRITTEN)
 def test_nothing_is_lost(reply: str) -> None:
     """Take the calls' own characters and separators away from the reply, and what remains is the text, in order."""
@@ -283,6 +287,7 @@ def test_nothing_is_lost(reply: str) -> None:
         assert "".join(items) == reply.replace(TAG, "")
 
 
+@UNTIMED
 @given(reply=WRITTEN)
 def test_without_tools_everything_is_text_at_once(reply: str) -> None:
     """A chat without tools must not wait for a bracket to close."""
@@ -405,6 +410,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return load_tokenizer(write_meta(tmp_path_factory.mktemp("tokenizer")))
 
 
+@UNTIMED
 @given(calls=st.lists(WRITABLE, min_size=1, max_size=4))
 def test_calls_that_the_chat_format_writes_are_read_back(
     tokenizer: Tokenizer, calls: list[tuple[str, dict[str, Json]]]
