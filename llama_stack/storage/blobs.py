@@ -240,11 +240,10 @@ def _open_regular(path: Path) -> BinaryIO:
         if error.errno in (errno.ENOENT, errno.ELOOP):
             raise BlobNotFoundError from error
         raise
-    file = os.fdopen(descriptor, "rb", buffering=0)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        file.close()
+        os.close(descriptor)
         raise BlobNotFoundError
-    return file
+    return os.fdopen(descriptor, "rb", buffering=0)
 
 
 def _read(file: BinaryIO, hashed: hashlib._Hash) -> bytes:
