@@ -138,7 +138,7 @@ def extension_document(apis: Iterable[type[Api]], paths: Mapping[str, Any] | Non
         described = _described(operation, schemas)
         described["operationId"] = f"{operation.api.name}_{operation.name}"
         described["x-extension"] = not _is_draft(operation)
-        described["parameters"] = [_query(p, schemas, operation) for p in operation.query.values()]
+        described["parameters"] = [_query(parameter, schemas, operation) for parameter in operation.query.values()]
         described["responses"] = _responses(_full_reply(operation, schemas))
         listed.setdefault(operation.path, {})[operation.method.lower()] = described
     return {
