@@ -4,8 +4,8 @@
 is not up is answered 503 with the reason. Providers and faces hold this object and never each other's.
 
 With one provider a call is forwarded as it stands. With several, a request that names a resource goes to the provider
-that owns it, one that creates a resource goes to the provider that already owns that id or else to the first one listed,
-a list is the lists of all providers joined, and anything else goes to the first.
+that owns it; one that creates a resource goes to the provider that already owns that id, or else to the first one; a
+list is the lists of all providers joined; and anything else goes to the first.
 """
 
 from __future__ import annotations

@@ -1,0 +1,248 @@
+"""Start and stop of a distribution's providers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from llama_stack.apis import Api, Config, Models, post
+from llama_stack.distribution import Distribution
+from llama_stack.errors import ContractMismatchError, ProviderStartError, ProviderUnavailableError, UnavailableError
+from llama_stack.plugins import ApiSpec, ProviderSpec, discover, hookimpl
+from llama_stack.registry import Registry
+from llama_stack.stack import Stack, State, running
+from llama_stack.storage import Blobs, Database
+
+pytestmark = pytest.mark.anyio
+
+
+class Letters(Api, name="letters"):
+    """The lower of two APIs."""
+
+    @post("/letters/next")
+    async def next(self, letter: str) -> str:
+        """The letter after."""
+        raise NotImplementedError
+
+
+class Words(Api, name="words"):
+    """The upper one, which needs the lower."""
+
+    @post("/words/next")
+    async def next(self, word: str) -> str:
+        """The word after."""
+        raise NotImplementedError
+
+
+class Alphabet(Letters):
+    async def next(self, letter: str) -> str:
+        return chr(ord(letter) + 1)
+
+
+class Dictionary(Words):
+    def __init__(self, letters: Letters | None) -> None:
+        self.letters = letters
+
+    async def next(self, word: str) -> str:
+        assert self.letters is not None
+        return word[:-1] + await self.letters.next(word[-1])
+
+
+class Flaky(Config):
+    """Fails as often as told."""
+
+    failures: int = 0
+
+
+class World:
+    """A plugin whose providers write down what happens to them."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.attempts = 0
+        self.tried = asyncio.Event()
+
+    def plugin(self) -> object:
+        @asynccontextmanager
+        async def start_alphabet(config: Flaky) -> AsyncIterator[Letters]:
+            self.attempts += 1
+            self.tried.set()
+            if self.attempts <= config.failures:
+                raise OSError("secret path /etc/alphabet")
+            task = asyncio.current_task()
+            self.events.append("alphabet up")
+            yield Alphabet()
+            assert asyncio.current_task() is task
+            self.events.append("alphabet down")
+
+        @asynccontextmanager
+        async def start_dictionary(letters: Letters) -> AsyncIterator[Words]:
+            self.events.append("dictionary up")
+            yield Dictionary(letters)
+            self.events.append("dictionary down")
+
+        @asynccontextmanager
+        async def start_alone(letters: Letters | None) -> AsyncIterator[Words]:
+            self.events.append(f"alone with {letters}")
+            yield Dictionary(letters)
+
+        @asynccontextmanager
+        async def start_stored(database: Database, blobs: Blobs) -> AsyncIterator[Letters]:
+            await blobs.put(b"kept")
+            self.events.append(type(database).__name__)
+            yield Alphabet()
+
+        @asynccontextmanager
+        async def start_circular(words: Words) -> AsyncIterator[Letters]:
+            yield Alphabet()
+
+        @asynccontextmanager
+        async def start_wrong() -> AsyncIterator[Letters]:
+            yield Dictionary(None)  # type: ignore[misc]
+
+        @asynccontextmanager
+        async def start_slow() -> AsyncIterator[Letters]:
+            self.tried.set()
+            try:
+                await asyncio.Event().wait()
+                yield Alphabet()
+            finally:
+                self.events.append("slow left")
+
+        @hookimpl
+        def llama_stack_apis() -> Any:
+            yield ApiSpec(api=Letters)
+            yield ApiSpec(api=Words)
+
+        @hookimpl
+        def llama_stack_providers() -> Any:
+            yield ProviderSpec(api=Letters, name="alphabet", config=Flaky, start=start_alphabet)
+            yield ProviderSpec(api=Letters, name="stored", start=start_stored)
+            yield ProviderSpec(api=Letters, name="circular", start=start_circular)
+            yield ProviderSpec(api=Letters, name="wrong", start=start_wrong)
+            yield ProviderSpec(api=Letters, name="slow", start=start_slow)
+            yield ProviderSpec(api=Words, name="dictionary", start=start_dictionary)
+            yield ProviderSpec(api=Words, name="alone", start=start_alone)
+
+        return SimpleNamespace(llama_stack_apis=llama_stack_apis, llama_stack_providers=llama_stack_providers)
+
+    def stack(self, folder: Path, **providers: Any) -> Stack:
+        entries = {api: [e if isinstance(e, dict) else {"provider": e}] for api, e in providers.items()}
+        distribution = Distribution.model_validate({"version": 1, "name": "test", "providers": entries})
+        plugins = [plugin for plugin in discover([self.plugin()]) if plugin.entry is None]
+        return Stack(distribution, Registry(plugins), state_folder=folder)
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+async def test_providers_start_after_what_they_need_and_stop_before_it(world: World, tmp_path: Path) -> None:
+    """The YAML's order is for people; a provider must find what it needs running, also while it stops."""
+    async with running(world.stack(tmp_path, words="dictionary", letters="alphabet")) as stack:
+        assert stack.is_ready
+        assert await stack.api(Words).next("hat") == "hau"
+    assert world.events == ["alphabet up", "dictionary up", "dictionary down", "alphabet down"]
+
+
+async def test_an_api_can_be_held_before_its_provider_runs(world: World, tmp_path: Path) -> None:
+    """The server builds its routes first; until the provider is up a call says that it is starting."""
+    stack = world.stack(tmp_path, letters="alphabet")
+    letters = stack.api(Letters)
+    with pytest.raises(UnavailableError, match="is starting"):
+        await letters.next("a")
+    async with running(stack):
+        assert await letters.next("a") == "b"
+    with pytest.raises(UnavailableError, match="is stopped"):
+        await letters.next("a")
+
+
+async def test_a_required_provider_that_fails_stops_the_start_with_its_reason(world: World, tmp_path: Path) -> None:
+    """What was started before it is stopped again."""
+    stack = world.stack(tmp_path, words="dictionary", letters={"provider": "alphabet", "config": {"failures": 9}})
+    with pytest.raises(ProviderStartError, match="'alphabet' of 'letters' did not start: OSError: secret path"):
+        async with running(stack):
+            pytest.fail("the stack must not run")
+    assert world.events == []
+    assert world.attempts == 1
+
+
+async def test_an_optional_provider_answers_503_and_is_tried_again(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One absent back end must not keep the rest from serving, and its exception's text is not for clients."""
+    monkeypatch.setattr("llama_stack.stack.FIRST_RETRY_SECONDS", 0.001)
+    optional = {"provider": "alphabet", "optional": True, "config": {"failures": 3}}
+    stack = world.stack(tmp_path, words="dictionary", letters=optional)
+    async with running(stack):
+        letters = stack.status()[1]
+        if world.attempts == 1:
+            assert (letters.state, letters.is_optional) == (State.FAILED, True)
+            assert stack.is_ready
+            with pytest.raises(ProviderUnavailableError) as refused:
+                await stack.api(Words).next("hat")
+            assert "secret" not in refused.value.detail
+        while world.attempts < 4:
+            world.tried.clear()
+            await world.tried.wait()
+        while stack.status()[1].state is not State.READY:
+            await asyncio.sleep(0)
+        assert await stack.api(Words).next("hat") == "hau"
+
+
+async def test_an_optional_need_is_none_where_nothing_serves_it(world: World, tmp_path: Path) -> None:
+    """Agents run without a safety provider."""
+    async with running(world.stack(tmp_path, words="alone")):
+        assert world.events == ["alone with None"]
+
+
+async def test_a_provider_that_needs_storage_gets_its_own(world: World, tmp_path: Path) -> None:
+    """The store opens only when somebody asks, under the distribution's own folder."""
+    async with running(world.stack(tmp_path / "state", letters="stored")) as stack:
+        assert stack.store is not None
+        assert stack.store.healthy
+    assert world.events == ["Database"]
+    assert (tmp_path / "state" / "store.sqlite").exists()
+
+
+async def test_a_circle_of_needs_is_named(world: World, tmp_path: Path) -> None:
+    """The operator has to know where to break it."""
+    stack = world.stack(tmp_path, words="dictionary", letters="circular")
+    with pytest.raises(ProviderStartError, match="circle: .*letters/circular"):
+        await stack.start()
+    await stack.stop()
+
+
+async def test_a_started_object_that_breaks_its_contract_is_refused(world: World, tmp_path: Path) -> None:
+    """Found before the server takes a request, not by the first client."""
+    stack = world.stack(tmp_path, letters="wrong")
+    with pytest.raises(ProviderStartError) as refused:
+        await stack.start()
+    assert isinstance(refused.value.__cause__, ContractMismatchError)
+    await stack.stop()
+
+
+async def test_a_start_that_hangs_is_cancelled_by_stop(world: World, tmp_path: Path) -> None:
+    """SIGTERM during a long load must end the process."""
+    stack = world.stack(tmp_path, letters="slow")
+    start = asyncio.create_task(stack.start())
+    await world.tried.wait()
+    start.cancel()
+    await asyncio.wait([start])
+    await stack.stop()
+    assert world.events == ["slow left"]
+
+
+async def test_an_api_that_the_distribution_does_not_name_is_unavailable(world: World, tmp_path: Path) -> None:
+    """The catalogue of models is always there; everything else is what the YAML says."""
+    stack = world.stack(tmp_path, letters="alphabet")
+    assert stack.apis == (Letters, Models)
+    with pytest.raises(UnavailableError, match="serves no 'words'"):
+        stack.api(Words)
