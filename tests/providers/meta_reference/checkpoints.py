@@ -67,7 +67,8 @@ def random_reference(
         bos_token_id=None,
         eos_token_id=[3, 5],
     )
-    model = LlamaForCausalLM(config).eval()
+    model: LlamaForCausalLM = LlamaForCausalLM(config)
+    model.train(False)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "norm" in name:

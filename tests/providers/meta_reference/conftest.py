@@ -7,23 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from llama_stack_meta_reference.llama.checkpoint import save_hugging_face
-from llama_stack_meta_reference.llama.config import LlamaConfig, RopeScaling
 from llama_stack_meta_reference.llama.model import Llama
 
-SMALL = LlamaConfig(
-    dim=64,
-    n_layers=2,
-    n_heads=8,
-    n_kv_heads=2,
-    head_dim=8,
-    ffn_dim=128,
-    vocab_size=256,
-    norm_eps=1e-5,
-    rope_theta=500000.0,
-    rope_scaling=RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=32),
-    max_context=128,
-    tied_embeddings=False,
-)
+from tests.providers.meta_reference.small_llama import SMALL
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Small tensors gain nothing from threads, and workers that share cores lose much by them."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from llama_stack_meta_reference.inference.kv_cache import KVCache, cache_bytes
 from llama_stack_meta_reference.llama.model import Llama
 from torch import Tensor
 
-from tests.providers.meta_reference.conftest import SMALL
+from tests.providers.meta_reference.small_llama import SMALL
 
 CONTEXT = 64
 

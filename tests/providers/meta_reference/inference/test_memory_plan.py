@@ -6,7 +6,7 @@ import torch
 from llama_stack_meta_reference.inference.memory_plan import available_memory, memory_plan
 from llama_stack_meta_reference.llama.config import LlamaConfig
 
-from tests.providers.meta_reference.conftest import SMALL
+from tests.providers.meta_reference.small_llama import SMALL
 
 GIB = 1 << 30
 

@@ -8,7 +8,7 @@ from llama_stack_meta_reference.llama.config import LlamaConfig, RopeScaling
 from transformers import LlamaConfig as TransformersConfig
 
 from llama_stack.errors import CheckpointError
-from tests.providers.meta_reference.conftest import SMALL
+from tests.providers.meta_reference.small_llama import SMALL
 
 LLAMA_3_1 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
 
@@ -73,7 +73,7 @@ def test_hugging_face_config_survives_the_round_trip() -> None:
 def test_transformers_reads_our_config_as_we_do() -> None:
     """A model that is trained here can be served elsewhere; transformers' own form reads back too."""
     theirs = TransformersConfig.from_dict(SMALL.to_hugging_face())
-    assert theirs.rope_parameters["factor"] == 8.0
+    assert theirs.to_dict()["rope_parameters"]["factor"] == 8.0
     assert LlamaConfig.from_hugging_face(theirs.to_dict() | {"architectures": ["LlamaForCausalLM"]}) == SMALL
 
 

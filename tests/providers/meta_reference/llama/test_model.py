@@ -10,7 +10,7 @@ from llama_stack_meta_reference.inference.kv_cache import KVCache
 from llama_stack_meta_reference.llama.config import RopeScaling
 from llama_stack_meta_reference.llama.model import Llama, rotary_frequencies
 
-from tests.providers.meta_reference.conftest import SMALL
+from tests.providers.meta_reference.small_llama import SMALL
 
 
 def random_tokens(*shape: int, seed: int = 0) -> torch.Tensor:

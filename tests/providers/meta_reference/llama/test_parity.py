@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,9 +70,8 @@ def test_greedy_tokens_equal_transformers_through_the_cache(
 ) -> None:
     """What a user sees is the ids: one wrong position in the cache changes them within 64 steps."""
     prompt_BT = prompts_BT[:1, :30]
-    expected = reference.generate(
-        prompt_BT, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0
-    )
+    theirs: Any = reference
+    expected = theirs.generate(prompt_BT, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0)
     assert greedy(model, prompt_BT) == expected[0, 30:].tolist()
 
 
