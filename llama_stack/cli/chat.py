@@ -1,0 +1,81 @@
+"""``llama-stack chat``: talk to a model, one message or a whole conversation."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from .generation import Generation, generation_options
+from .output import error
+
+if TYPE_CHECKING:
+    from ..apis.common import Message
+    from ..client import Client
+
+
+@click.command(name="chat")
+@generation_options
+@click.option("--message", "-m", metavar="TEXT", help="Say this, print the answer and leave; - reads stdin.")
+@click.option("--system", metavar="TEXT", help="What the model is told before the conversation.")
+def command(generation: Generation, message: str | None, system: str | None) -> int:
+    """Talk to a model. Ctrl-C stops an answer, Ctrl-D leaves."""
+    from ..apis.common import Message
+    from ..errors import StackError
+
+    history = [] if system is None else [Message.system(system)]
+    with generation.client() as client:
+        model = generation.model_of(client)
+        if message is not None:
+            said = sys.stdin.read() if message == "-" else message
+            answer(client, model, generation, [*history, Message.user(said)])
+            return 0
+        click.echo(f"{model}: type a message; Ctrl-C stops an answer, Ctrl-D leaves.", err=True)
+        while (said := _ask()) is not None:
+            if not said.strip():
+                continue
+            try:
+                reply = answer(client, model, generation, [*history, Message.user(said)])
+            except KeyboardInterrupt:
+                click.echo(" [stopped]", err=True)
+            except StackError as refused:
+                error(str(refused))
+            else:
+                history += [Message.user(said), reply]
+    return 0
+
+
+def answer(client: Client, model: str, generation: Generation, messages: list[Message]) -> Message:
+    """Print the model's answer to the last message as it comes, and return it."""
+    from ..apis.common import Dialog, Message
+    from ..apis.inference import ChatCompletionRequest
+    from ..client import chunks
+
+    request = ChatCompletionRequest(
+        model=model,
+        dialog=Dialog(message=messages[-1], message_history=messages[:-1]),
+        sampling_params=generation.sampling_params,
+        max_tokens=generation.max_tokens,
+        stream=True,
+    )
+    text, calls = "", []
+    with chunks(client.inference.chat_completion(request)) as stream:
+        for chunk in stream:
+            text += chunk.text_delta
+            click.echo(chunk.text_delta, nl=False)
+            if chunk.tool_call is not None:
+                calls.append(chunk.tool_call)
+                click.echo(f"[{chunk.tool_call.tool_name} {json.dumps(chunk.tool_call.arguments)}]", nl=False)
+            sys.stdout.flush()
+    click.echo()
+    return Message.assistant(text, calls)
+
+
+def _ask() -> str | None:
+    try:
+        return input("> ")
+    except EOFError:
+        click.echo(err=True)
+        return None

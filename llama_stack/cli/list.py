@@ -1,0 +1,113 @@
+"""``llama-stack list``: what is installed, and what a server serves."""
+
+from __future__ import annotations
+
+import click
+
+from .options import server_url
+from .output import Row, show, warning
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print a JSON array of objects.")
+
+
+@click.group(name="list")
+def command() -> None:
+    """List what is installed, or what a running server serves."""
+
+
+@command.command(name="apis")
+@as_json
+def apis(as_json: bool) -> None:
+    """List the APIs: the core's, and those of plugins."""
+    from ..apis import operations
+    from ..registry import Registry
+
+    registry = Registry()
+    providers = registry.providers()
+    rows: list[Row] = [
+        {
+            "api": found.spec.name,
+            "operations": len(operations(found.spec.api)),
+            "providers": ", ".join(p.spec.name for p in providers if p.spec.api is found.spec.api),
+            "package": found.plugin.label,
+        }
+        for found in registry.apis()
+    ]
+    show(rows, ("api", "operations", "providers", "package"), as_json=as_json)
+    for fault in registry.faults:
+        warning(str(fault))
+
+
+@command.command(name="providers")
+@as_json
+def providers(as_json: bool) -> None:
+    """List the providers that a distribution may name."""
+    from ..registry import Registry
+
+    registry = Registry()
+    rows = [
+        {
+            "api": found.spec.api.name,
+            "provider": found.spec.name,
+            "package": found.plugin.label,
+            "description": found.spec.description,
+        }
+        for found in registry.providers()
+    ]
+    show(rows, ("api", "provider", "package", "description"), as_json=as_json)
+    for fault in registry.faults:
+        warning(str(fault))
+
+
+@command.command(name="plugins")
+@as_json
+def plugins(as_json: bool) -> None:
+    """List the installed plugins, and why one of them cannot be used."""
+    from ..registry import Registry
+
+    registry = Registry()
+    registry.load_all()
+    rows = []
+    for plugin in registry.plugins:
+        fault = registry.fault_of(plugin.name)
+        rows.append(
+            {
+                "plugin": ", ".join(plugin.names),
+                "package": plugin.package,
+                "version": plugin.version,
+                "state": "loaded" if fault is None else f"{fault.cause}; {fault.remedy}",
+            }
+        )
+    show(rows, ("plugin", "package", "version", "state"), as_json=as_json)
+
+
+@command.command(name="distributions")
+@as_json
+def distributions(as_json: bool) -> None:
+    """List the distributions that can be run by name."""
+    from ..distribution import shipped_distributions
+
+    rows = [{"distribution": name, "file": str(path)} for name, path in shipped_distributions().items()]
+    show(rows, ("distribution", "file"), as_json=as_json)
+
+
+@command.command(name="models")
+@server_url
+@as_json
+def models(url: str, as_json: bool) -> None:
+    """List the models that a running server serves."""
+    from ..client import Client
+
+    with Client(url) as client:
+        rows = [
+            {
+                "model": model.model,
+                "kind": model.kind.value,
+                "device": model.device,
+                "context_tokens": model.context_tokens,
+                "alias_of": model.alias_of,
+                "provider": model.provider_id,
+            }
+            for model in client.models.list_models()
+        ]
+    show(rows, ("model", "kind", "device", "context_tokens", "alias_of", "provider"), as_json=as_json)
