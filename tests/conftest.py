@@ -1,8 +1,23 @@
-"""What every test shares."""
+"""What every test shares, and the wall around all of them: no test reaches beyond this machine."""
 
 from __future__ import annotations
 
+import ipaddress
+import sys
+from typing import Any
+
 import pytest
+
+
+def _refuse_the_network(event: str, arguments: tuple[Any, ...]) -> None:
+    """An audit hook: the suite must pass with the network cut off, so a connection elsewhere fails where one is there."""
+    if event == "socket.connect" and isinstance(arguments[1], tuple):
+        host = str(arguments[1][0])
+        if host != "localhost" and not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
+            raise PermissionError(f"a test tried to reach {host}; tests stay on this machine")
+
+
+sys.addaudithook(_refuse_the_network)
 
 
 @pytest.fixture
