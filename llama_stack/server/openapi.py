@@ -8,6 +8,7 @@ stands on the field itself (``draft``, ``EXTENSION`` and ``ANY_OF`` in ``apis/co
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -121,12 +122,12 @@ def draft_document(apis: Iterable[type[Api]] = DRAFT_APIS) -> Json:
     }
 
 
-def extension_document(apis: Iterable[type[Api]], paths: Mapping[str, Any] | None = None) -> Json:
+def extension_document(apis: Iterable[type[Api]], faces: Iterable[Json] = ()) -> Json:
     """The OpenAPI 3.1 document of what these APIs have beyond the draft, with every schema in full.
 
     It lists the extension operations, the operations of APIs that plugins bring, and the draft operations that have
-    gained a parameter; the full schemas of all draft operations are among its components. ``paths`` adds the path items
-    of routes that no contract declares: faces, health, metrics.
+    gained a parameter; the full schemas of all draft operations are among its components. ``faces`` are the OpenAPI
+    documents of routes that no contract declares (faces, health, metrics): their paths and schemas are taken over.
     """
     found = _operations(apis)
     schemas = _Schemas(found, _FullSchema, _in_full)
@@ -141,13 +142,18 @@ def extension_document(apis: Iterable[type[Api]], paths: Mapping[str, Any] | Non
         described["parameters"] = [_query(parameter, schemas, operation) for parameter in operation.query.values()]
         described["responses"] = _responses(_full_reply(operation, schemas))
         listed.setdefault(operation.path, {})[operation.method.lower()] = described
+    named = dict(sorted(schemas.all().items())) | _PROBLEM_PARTS
+    for face in faces:
+        face = _beside(named, face)
+        listed |= face.get("paths", {})
+        named |= face.get("components", {}).get("schemas", {})
     return {
         "openapi": "3.1.0",
         "jsonSchemaDialect": DIALECT,
         "info": {"title": "Llama Stack extensions", "version": DRAFT_VERSION, "description": _EXTENSION_DESCRIPTION},
         "servers": [{"url": "/", "description": "The server that this document came from."}],
-        "paths": listed | dict(paths or {}),
-        "components": {"responses": {}, "schemas": dict(sorted(schemas.all().items())) | _PROBLEM_PARTS},
+        "paths": listed,
+        "components": {"responses": {}, "schemas": named},
         "tags": [
             {"name": tag, "description": _tag_description(tag, found)}
             for tag in sorted({operation.api.tag for operation in found})
@@ -175,6 +181,26 @@ def _operations(apis: Iterable[type[Api]]) -> list[Operation]:
 
 def _is_draft(operation: Operation) -> bool:
     return operation.api in DRAFT_APIS and not operation.is_extension
+
+
+def _beside(taken: Mapping[str, Json], face: Json) -> Json:
+    """The face's document with those of its schemas renamed whose names are taken."""
+    prefix = re.sub(r"\W+", "_", str(face.get("info", {}).get("title", "face")))
+    clashing = taken.keys() & face.get("components", {}).get("schemas", {}).keys()
+
+    def renamed(part: Any) -> Any:
+        if isinstance(part, dict):
+            if isinstance(part.get("$ref"), str) and _name(part) in clashing:
+                part = part | {"$ref": f"{_COMPONENT}{prefix}_{_name(part)}"}
+            return {key: renamed(value) for key, value in part.items()}
+        return [renamed(value) for value in part] if isinstance(part, list) else part
+
+    face = renamed(face)
+    schemas = {
+        f"{prefix}_{name}" if name in clashing else name: schema
+        for name, schema in face.get("components", {}).get("schemas", {}).items()
+    }
+    return face | {"components": {"schemas": schemas}}
 
 
 def _described(operation: Operation, schemas: _Schemas) -> Json:

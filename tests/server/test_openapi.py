@@ -8,7 +8,10 @@ from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import pytest
+from fastapi import APIRouter
+from fastapi.openapi.utils import get_openapi
 from jsonschema import Draft202012Validator
+from pydantic import BaseModel
 
 from llama_stack.apis import APIS, Api, Datasets, Inference, contract_of, operations, post
 from llama_stack.apis.common import EXTENSION, Id, Maybe, Schema
@@ -220,12 +223,35 @@ class Post(Api, name="post_office"):
 
 def test_a_plugins_api_is_published_among_the_extensions() -> None:
     """A plugin may bring an API, and its schema may have the name of one of ours."""
-    document = extension_document([Inference, Post], paths={"/health/live": {"get": {"responses": {}}}})
+    document = extension_document([Inference, Post])
     sent = document["paths"]["/post_office/send"]["post"]
     reference = sent["requestBody"]["content"]["application/json"]["schema"]["$ref"]
     assert set(document["components"]["schemas"][reference.rpartition("/")[2]]["properties"]) == {"body", "note"}
-    assert "/health/live" in document["paths"]
     assert "/post_office/send" not in draft_document([Inference, Post])["paths"]
+
+
+class Dialog(BaseModel):
+    """A face's own model, of the same name as one of the draft's."""
+
+    subject: str
+
+
+def test_a_faces_routes_are_published_beside_schemas_of_the_same_name() -> None:
+    """FastAPI writes a face's document by itself; its ``Dialog`` must not replace the draft's."""
+    router = APIRouter()
+
+    @router.post("/mail")
+    def mail(dialog: Dialog) -> Dialog:
+        return dialog
+
+    face = get_openapi(title="Mail room", version="1", routes=router.routes)
+    document = extension_document([Inference], [face, {"paths": {"/health/live": {"get": {"responses": {}}}}}])
+    schemas = document["components"]["schemas"]
+    assert set(schemas["Dialog"]["properties"]) == {"message", "message_history"}
+    body = document["paths"]["/mail"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert body == {"$ref": "#/components/schemas/Mail_room_Dialog"}
+    assert set(schemas["Mail_room_Dialog"]["properties"]) == {"subject"}
+    assert "/health/live" in document["paths"]
 
 
 def test_a_provider_class_is_published_by_its_contract() -> None:
