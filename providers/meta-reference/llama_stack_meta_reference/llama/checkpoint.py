@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -61,24 +62,15 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Return what a model folder holds, after checking all of it but the weights' values. Maps no weights, takes little
-    memory.
+    """Return what a model folder holds, after checking all of it but the weights' values; takes little memory.
 
     With both layouts there, Hugging Face's is taken (its safetensors hold no code) and ``remarks`` says so.
     Raises CheckpointError that says what was found, what is missing and where.
     """
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: not a folder" if folder.exists() else f"{folder}: no such folder")
-    original = folder / "original"
-    homes = [folder, original] if original.is_dir() else [folder]
-    meta_home = next((home for home in homes if (home / "params.json").exists() and _shard_names(home)), None)
-    weight_files = [name for name in (_HUGGING_FACE_INDEX, _HUGGING_FACE_WHOLE) if (folder / name).exists()]
-    if (folder / "config.json").exists() and weight_files:
-        remarks = [] if meta_home is None else [f"{meta_home} also has Meta's layout; read Hugging Face's"]
-        return _open_hugging_face(folder, remarks)
-    if meta_home is not None:
-        return _open_meta(meta_home, homes)
-    raise CheckpointError(f"{folder}: {_what_is_missing(homes)}; found: {_listing(folder)}")
+    try:
+        return _open(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read: {_reason(error)}") from None
 
 
 def load_model(checkpoint: Checkpoint, *, device: torch.device | str, dtype: torch.dtype) -> Llama:
@@ -92,9 +84,12 @@ def load_model(checkpoint: Checkpoint, *, device: torch.device | str, dtype: tor
     weights = _open_weights(checkpoint.layout, checkpoint.weight_files)
     _check_weights(checkpoint.folder, weights, checkpoint.config)
     model.to_empty(device=device)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weights.copy_into(name, weight, checkpoint.config)
+    try:
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                weights.copy_into(name, weight, checkpoint.config)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{checkpoint.folder}: changed while it was read: {_reason(error)}") from None
     return model
 
 
@@ -106,15 +101,15 @@ def save_hugging_face(
     bos_id: int | None = None,
     eos_ids: Sequence[int] = (),
 ) -> None:
-    """Write ``config.json``, ``model.safetensors`` and, with ``eos_ids``, ``generation_config.json`` into ``folder``,
-    made if needed.
+    """Write ``config.json``, ``model.safetensors`` and, with ``eos_ids``, ``generation_config.json`` into ``folder``.
 
-    Weights are stored in ``dtype``, by default the model's. What is there under these names is replaced.
-    ``config.json`` goes first and comes back last, so a save that was cut off leaves a folder that is refused, never
-    one with old and new files mixed.
+    Weights are stored in ``dtype``, by default the model's. The folder is made if needed; a model in this layout that
+    is in it is replaced. Its ``config.json`` goes first and the new one comes last, so a save that was cut off leaves
+    a folder that is refused, never one with old and new files mixed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").unlink(missing_ok=True)
+    for name in ("config.json", "generation_config.json", _HUGGING_FACE_INDEX):
+        (folder / name).unlink(missing_ok=True)
     stored_dtype = dtype or model.tok_embeddings.weight.dtype
     tensors = {
         hugging_face_name(name): weight.detach().to("cpu", stored_dtype).contiguous()
@@ -142,6 +137,21 @@ class _Weights(Protocol):
     def check_shape(self, name: str, shape: tuple[int, ...]) -> None: ...
 
     def copy_into(self, name: str, weight: Tensor, config: LlamaConfig) -> None: ...
+
+
+def _open(folder: Path) -> Checkpoint:
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: not a folder" if folder.exists() else f"{folder}: no such folder")
+    original = folder / "original"
+    homes = [folder, original] if original.is_dir() else [folder]
+    meta_home = next((home for home in homes if (home / "params.json").exists() and _shard_names(home)), None)
+    weight_files = [name for name in (_HUGGING_FACE_INDEX, _HUGGING_FACE_WHOLE) if (folder / name).exists()]
+    if (folder / "config.json").exists() and weight_files:
+        remarks = [] if meta_home is None else [f"{meta_home} also has Meta's layout; read Hugging Face's"]
+        return _open_hugging_face(folder, remarks)
+    if meta_home is not None:
+        return _open_meta(meta_home, homes)
+    raise CheckpointError(f"{folder}: {_what_is_missing(homes)}; found: {_listing(folder)}")
 
 
 def _open_hugging_face(folder: Path, remarks: Sequence[str]) -> Checkpoint:
@@ -268,8 +278,6 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON: {str(error)[:200]}") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {_reason(error)}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: must hold a JSON object")
     return value

@@ -209,8 +209,10 @@ class Llama(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return (..., V) float32 logits of (..., D) states: ask only where a token is sampled or a label stands."""
-        projection = self.tok_embeddings.weight if self.output is None else self.output.weight
-        return F.linear(hidden, projection).float()
+        if self.output is None:
+            return F.linear(hidden, self.tok_embeddings.weight).float()
+        logits: Tensor = self.output(hidden)
+        return logits.float()
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator | None = None, *, std: float = 0.02) -> None:

@@ -99,8 +99,29 @@ def test_a_save_that_was_cut_off_leaves_a_folder_that_is_refused(small_checkpoin
     (small_checkpoint / "model.safetensors.part").mkdir()  # the save fails where it writes the weights
     with pytest.raises(Exception, match="directory"):
         save_hugging_face(small_model, small_checkpoint)
-    with pytest.raises(CheckpointError, match=r"no config\.json; found: generation_config\.json, model\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"no config\.json; found: model\.safetensors"):
         open_checkpoint(small_checkpoint)
+
+
+def test_a_save_leaves_nothing_of_the_one_before(small_checkpoint: Path, small_model: Llama) -> None:
+    """Old shards would be read for the new ones, and ids that ended the old model's turns may be words now."""
+    write_hugging_face(random_reference(), small_checkpoint, shard_bytes=100_000)
+    save_hugging_face(small_model, small_checkpoint)
+    checkpoint = open_checkpoint(small_checkpoint)
+    assert (checkpoint.eos_ids, checkpoint.config) == ((), small_model.config)
+    assert checkpoint.weight_files == (small_checkpoint / "model.safetensors",)
+
+
+def test_a_folder_without_tokenizer_says_so_when_asked(small_checkpoint: Path) -> None:
+    """Scoring raw ids needs none; serving text does, and learns it here."""
+    with pytest.raises(CheckpointError, match=r"no tokenizer: neither tokenizer\.json nor tokenizer\.model"):
+        _ = open_checkpoint(small_checkpoint).tokenizer
+
+
+def test_what_the_system_refuses_to_read_is_named(tmp_path: Path) -> None:
+    """A name that is too long, no permission, a broken disk: the operator's problem, not an unknown error."""
+    with pytest.raises(CheckpointError, match=r"cannot be read: File name too long"):
+        open_checkpoint(tmp_path / ("x" * 300))
 
 
 def test_hugging_face_is_chosen_over_meta_and_said(meta_checkpoint: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from llama_stack_meta_reference.inference.kv_cache import KVCache
-from llama_stack_meta_reference.llama.checkpoint import load_model, open_checkpoint
+from llama_stack_meta_reference.llama.checkpoint import load_model, open_checkpoint, save_hugging_face
 from llama_stack_meta_reference.llama.model import Llama
 from torch import Tensor
 from transformers import LlamaForCausalLM
@@ -85,6 +85,14 @@ def test_every_layout_gives_the_same_network(
     assert other.config == model.config
     assert torch.equal(other(prompts_BT), model(prompts_BT))
     assert greedy(other, prompts_BT[:1, :30]) == greedy(model, prompts_BT[:1, :30])
+
+
+@torch.inference_mode()
+def test_transformers_reads_what_we_save(model: Llama, prompts_BT: Tensor, tmp_path: Path) -> None:
+    """What was trained here can be served elsewhere."""
+    save_hugging_face(model, tmp_path)
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(theirs(prompts_BT).logits, model(prompts_BT), atol=TOLERANCE, rtol=0)
 
 
 def test_scaling_matters_in_the_shapes_that_have_it(prompts_BT: Tensor) -> None:
