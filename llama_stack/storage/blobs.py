@@ -12,7 +12,7 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import AsyncIterable, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterable, Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, ParamSpec, TypeVar
@@ -86,7 +86,7 @@ class Blobs:
             chunks.append(chunk)
         return b"".join(chunks)
 
-    async def open(self, digest: str) -> AsyncIterator[bytes]:
+    async def open(self, digest: str) -> AsyncGenerator[bytes, None]:
         """Yield the bytes of a blob in pieces; the last comes only once the whole has been checked against the digest.
 
         Raises ``BlobNotFoundError`` before the first piece, ``BlobCorruptError`` before the last.

@@ -137,9 +137,12 @@ class SqliteConnections:
 
     def _fill_ballast(self) -> None:
         with suppress(OSError):  # no room for it now: the next removal tries again
-            descriptor = os.open(self._ballast, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            descriptor = os.open(self._ballast, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600)
             try:
-                os.posix_fallocate(descriptor, 0, BALLAST_BYTES)
+                size = os.fstat(descriptor).st_size
+                # Noise, because some file systems keep no room for zeros.
+                if size != BALLAST_BYTES and os.write(descriptor, os.urandom(BALLAST_BYTES)) != BALLAST_BYTES:
+                    self._ballast.unlink()
             except OSError:
                 self._ballast.unlink()
             finally:

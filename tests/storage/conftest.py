@@ -40,7 +40,7 @@ _databases = itertools.count()
 @pytest.fixture
 async def postgresql_url(postgresql_server: str) -> str:
     """The url of a new, empty database."""
-    import asyncpg
+    import asyncpg  # type: ignore[import-untyped]  # it ships no types
 
     name = f"test_{next(_databases)}"
     connection = await asyncpg.connect(postgresql_server)

@@ -180,7 +180,7 @@ async def test_postgresql_commits_synchronously_even_where_the_server_would_not(
     postgresql_url: str, tmp_path: Path
 ) -> None:
     """``synchronous_commit = off`` acknowledges what a crash of the server loses."""
-    import asyncpg
+    import asyncpg  # type: ignore[import-untyped]  # it ships no types
 
     connection = await asyncpg.connect(postgresql_url)
     database = await connection.fetchval("SELECT current_database()")
