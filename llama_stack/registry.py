@@ -223,9 +223,12 @@ class Registry:
         if key[0] is ProviderSpec and elsewhere:
             return NotInstalledError(what, f"{name!r} provides {listed(elsewhere)}")
         known = [str(other[-1]) for other in self._table if other[:-1] == key[:-1]]
-        remedy = nearest(name, known).removeprefix("; ") or f"installed: {listed(known)}"
+        close = nearest(name, known).removeprefix("; ")
+        if close:
+            return NotInstalledError(what, close)
+        remedy = f"installed: {listed(known)}"
         if self._faults:
-            failed = ", ".join(f"{fault.plugin} ({fault.cause})" for fault in self.faults)
+            failed = "; ".join(f"{fault.plugin} of {fault.package} ({fault.cause})" for fault in self.faults)
             remedy += f"; or it is in a plugin that could not be loaded: {failed}"
         return NotInstalledError(what, remedy)
 
@@ -293,9 +296,9 @@ def _need(function: Callable[..., Any], parameter: inspect.Parameter) -> Need:
     try:
         annotation = annotation_of(function, parameter.name)
     except NameError as error:
-        raise _Unmet(f"has a type that cannot be read ({error}); import it where the module is imported") from error
+        raise _Unmet(f"has a type that cannot be read at run time ({error})") from error
     if annotation is inspect.Parameter.empty:
-        raise _Unmet("has no type; annotate it with its config, a contract, Database or Blobs")
+        raise _Unmet("has no type, and the stack passes a config, contracts, Database and Blobs by it")
     wanted = _without_none(annotation)
     is_optional = wanted is not annotation
     if isinstance(wanted, type):
@@ -303,14 +306,16 @@ def _need(function: Callable[..., Any], parameter: inspect.Parameter) -> Need:
             return Need(parameter.name, NeedKind.CONFIG)
         if issubclass(wanted, Api) and hasattr(wanted, "tag"):
             if "tag" not in vars(wanted):
-                raise _Unmet(f"asks for {wanted.__name__}, which is a provider; ask for the contract {wanted.tag}")
+                raise _Unmet(
+                    f"asks for {wanted.__name__}, which is a provider, where its contract {wanted.tag} belongs"
+                )
             return Need(parameter.name, NeedKind.API, wanted, is_optional)
         if wanted is Database:
             return Need(parameter.name, NeedKind.DATABASE)
         if wanted is Blobs:
             return Need(parameter.name, NeedKind.BLOBS)
     shown = getattr(wanted, "__name__", str(wanted))
-    raise _Unmet(f"asks for {shown}; the stack passes a config, contracts, Database and Blobs")
+    raise _Unmet(f"asks for {shown}, and the stack passes a config, contracts, Database and Blobs")
 
 
 def _without_none(annotation: Any) -> Any:

@@ -20,7 +20,7 @@ from ..registry import NeedKind, Registry, declaration_problems, needs
 from . import nodes
 from .faults import Fault, Mark, Path, in_order, key_path
 from .models import Distribution, PluginFilter
-from .nodes import Node, Scalar, Sequence, shown
+from .nodes import Node, Scalar, Sequence
 from .source import Source, find_distribution, read_source
 from .validation import validate
 
@@ -150,7 +150,8 @@ class _Check:
             return None
         given = item.entries.get("id")
         if isinstance(given, Scalar) and isinstance(given.value, str):
-            return _Entry(api, given.value, spec, given.mark, path, shown(given) if given.variables else given.value)
+            shown_id = f"${{env.{given.variables[0]}}}" if given.variables else given.value
+            return _Entry(api, given.value, spec, given.mark, path, shown_id)
         return _Entry(api, spec.name, spec, name.mark, path, spec.name)
 
     def _config(self, model: type[Config], item: nodes.Mapping, path: Path) -> None:
@@ -204,7 +205,7 @@ class _Check:
             what, remedy = error.what, error.remedy
         if isinstance(name, Scalar):
             if name.variables:
-                what = what.replace(repr(name.value), shown(name))
+                what = what.replace(repr(name.value), f"${{env.{name.variables[0]}}}")
             name = name.mark
         self._fault(name, path, what, remedy)
 

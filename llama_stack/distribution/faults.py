@@ -9,7 +9,10 @@ from dataclasses import dataclass
 MAX_FAULTS = 100
 """Faults reported in one run: more of them help nobody, and a hostile file could hold thousands."""
 
+_SECRET_KEY = re.compile(r"key|token|secret|password|passwd|credential|auth", re.IGNORECASE)
 _PLAIN_KEY = re.compile(r"[A-Za-z0-9_-]{1,60}")
+
+_LONGEST_PATH = 12
 
 Path = tuple[str | int, ...]
 """The keys and list positions that lead to a value."""
@@ -49,13 +52,18 @@ class Fault:
 def key_path(path: Path) -> str:
     """The path as people read it; a key with unusual characters is quoted and, when long, shortened."""
     text = ""
-    for part in path:
+    for part in path[:_LONGEST_PATH]:
         if isinstance(part, int):
             text += f"[{part}]"
             continue
         shown = part if _PLAIN_KEY.fullmatch(part) else repr(shortened(part))
         text += f".{shown}" if text else shown
-    return text
+    return text if len(path) <= _LONGEST_PATH else f"{text}…"
+
+
+def is_secret(path: Path) -> bool:
+    """Whether the key's name says that its value should not be printed, though it stands in the file."""
+    return bool(path) and isinstance(path[-1], str) and _SECRET_KEY.search(path[-1]) is not None
 
 
 def shortened(text: str, limit: int = 60) -> str:

@@ -12,7 +12,10 @@ from pydantic import Field, JsonValue, field_validator, model_validator
 
 from ..apis.config import Config
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=63)]
+NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]*$"
+ORIGIN_PATTERN = r"^https?://[^/\s]+$"
+
+Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=63)]
 """A lowercase name that is safe as a folder, a label and a part of a URL."""
 
 PluginName = Annotated[str, Field(min_length=1, max_length=255)]
@@ -126,7 +129,7 @@ class ServerConfig(Config):
     """Port to listen on; 0 takes any free one."""
     allowed_hosts: tuple[Annotated[str, Field(min_length=1, max_length=255)], ...] = ()
     """Names that requests may carry in ``Host`` besides the loopback ones and ``host``; others are answered 421."""
-    allowed_origins: tuple[Annotated[str, Field(pattern=r"^https?://[^/\s]+$", max_length=255)], ...] = ()
+    allowed_origins: tuple[Annotated[str, Field(pattern=ORIGIN_PATTERN, max_length=255)], ...] = ()
     """Origins of other sites whose pages may call this server, such as ``https://chat.example``."""
     strict_requests: bool = False
     """Whether a request that leaves out a field which the draft both requires and gives a default is refused."""
@@ -156,4 +159,4 @@ class Distribution(Config):
     storage: StorageConfig = StorageConfig()
     """Where state is kept."""
     server: ServerConfig = ServerConfig()
-    """Where the server listens and whom it answers."""
+    """Address, port and limits of the server."""

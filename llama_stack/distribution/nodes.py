@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from .faults import Fault, Mark, Path, shortened
+from .faults import Fault, Mark, Path, is_secret, shortened
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 32
@@ -102,6 +102,8 @@ class _Frame:
     node: Sequence | Mapping
     key: str | None = None
     has_key: bool = False
+    is_refused: bool = False
+    """Whether the collection carries a tag: its parts are read, and then it is dropped."""
 
 
 def parse(text: str, file: str, loader: Any = _LOADER) -> tuple[Mapping | None, list[Fault]]:
@@ -216,18 +218,20 @@ class _Reader:
             self._attach(Broken(mark))
         elif isinstance(event, yaml.ScalarEvent):
             self._count(mark)
-            self._properties(event, mark)
+            is_refused = self._properties(event, mark)
             is_plain = event.implicit[0] and event.style in (None, "")
-            self._attach(self._scalar(event.value, is_plain, mark))
+            self._attach(Broken(mark) if is_refused else self._scalar(event.value, is_plain, mark))
         elif isinstance(event, yaml.CollectionStartEvent):
             self._count(mark)
-            self._properties(event, mark)
+            is_refused = self._properties(event, mark)
             if len(self._stack) >= MAX_DEPTH:
                 self.fault(mark, f"nested deeper than {MAX_DEPTH} levels", "flatten it")
                 raise _Refused
-            self._stack.append(_Frame(Mapping(mark) if isinstance(event, yaml.MappingStartEvent) else Sequence(mark)))
+            node = Mapping(mark) if isinstance(event, yaml.MappingStartEvent) else Sequence(mark)
+            self._stack.append(_Frame(node, is_refused=is_refused))
         elif isinstance(event, yaml.CollectionEndEvent):
-            self._attach(self._stack.pop().node)
+            frame = self._stack.pop()
+            self._attach(Broken(frame.node.mark) if frame.is_refused else frame.node)
 
     def _scalar(self, text: str, is_plain: bool, mark: Mark) -> Scalar | Broken:
         hidden = next(unseen_characters(text), None)
@@ -239,7 +243,10 @@ class _Reader:
         try:
             return Scalar(mark, read_plain(text))
         except _Ambiguous as refused:
-            self.fault(mark, refused.what, refused.remedy)
+            if is_secret(self._path()):
+                self.fault(mark, "different readers of YAML take the value for different things", "put it in quotes")
+            else:
+                self.fault(mark, refused.what, refused.remedy)
             return Broken(mark)
 
     def _attach(self, node: Node) -> None:
@@ -283,13 +290,15 @@ class _Reader:
         mapping.marks[key] = node.mark
         return key
 
-    def _properties(self, event: yaml.NodeEvent, mark: Mark) -> None:
+    def _properties(self, event: yaml.NodeEvent, mark: Mark) -> bool:
+        """Refuse an anchor, which takes nothing from the value, and a tag, without which its meaning is unknown."""
         if event.anchor is not None:
             self.fault(mark, f"the anchor &{event.anchor} is not allowed", "remove it")
         tag = getattr(event, "tag", None)
         if tag is not None:
             shown = str(tag).replace("tag:yaml.org,2002:", "!!")
             self.fault(mark, f"the tag {shortened(shown)} is not allowed", "remove it; quote a value to make it text")
+        return tag is not None
 
     def _count(self, mark: Mark) -> None:
         self._nodes += 1
@@ -311,11 +320,16 @@ class _Reader:
 
     def _syntax(self, error: yaml.MarkedYAMLError) -> None:
         problem = error.problem or error.context or "unreadable"
-        at = error.problem_mark or error.context_mark
-        mark = self._mark(at) if at is not None else Mark(self.file)
         lines = self.text.splitlines()
+        at = error.problem_mark or error.context_mark
+        if at is not None and at.line >= len(lines) and error.context_mark is not None:
+            at = error.context_mark  # where the quote or bracket begins that the file's end leaves open
+        mark = self._mark(at) if at is not None else Mark(self.file)
         line = lines[mark.line - 1] if mark.line <= len(lines) else ""
         context = f" {error.context}" if error.context and error.context != problem else ""
+        if "cannot start any token" in problem:
+            found = line[mark.column - 1 : mark.column]
+            context, problem = "", f"{'a tab' if found == chr(9) else repr(found)} cannot stand here"
         self.fault(mark, f"not valid YAML{context}: {problem}", _syntax_remedy(line, problem))
 
 
@@ -325,6 +339,6 @@ def _syntax_remedy(line: str, problem: str) -> str:
         return "indent with spaces, not tabs"
     if "${" in line:
         return "put the value that holds ${...} in quotes"
-    if "mapping values" in problem or "cannot start any token" in problem:
+    if "mapping values" in problem or "cannot stand here" in problem:
         return "put the value in quotes"
     return "check the indentation, brackets and quotes here and just above"

@@ -55,7 +55,7 @@ def json_schema(registry: Registry) -> dict[str, Any]:
     ):
         named = [(found.spec.name, found.spec.description, found.spec.config) for found in installed]
         if named:
-            properties[section] = entries(entry, key, named)
+            properties[section] = {"description": properties[section]["description"]} | entries(entry, key, named)
     for replaced in (Distribution, ProviderEntry):
         definitions.pop(name_of[replaced])
     for own in ("version", "name", "extends"):

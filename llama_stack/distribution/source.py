@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path as FilePath
 
-from ..errors import listed, nearest
+from ..errors import listed
 from . import nodes
 from .faults import Fault, Mark, Path, shortened
 from .nodes import Broken, Node, Scalar, Sequence, shown
@@ -146,10 +146,8 @@ class _Files:
         else:
             shipped = shipped_distributions()
             if name not in shipped:
-                remedy = f"name one of: {listed(shipped)}; or a file, as in './{name}.yaml'"
-                self._refuse_base(
-                    root, node, f"no shipped distribution is called {name!r}{nearest(name, shipped)}", remedy
-                )
+                remedy = f"name one of {listed(shipped)}, or a file, as in './{name}.yaml'"
+                self._refuse_base(root, node, f"no shipped distribution is called {name!r}", remedy)
                 return None
             base = str(shipped[name])
         known = [os.path.realpath(file) for file in self._chain]

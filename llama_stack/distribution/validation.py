@@ -19,12 +19,11 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from . import nodes
-from .faults import Fault, Mark, Path, shortened
+from .faults import Fault, Mark, Path, is_secret, shortened
+from .models import NAME_PATTERN, ORIGIN_PATTERN
 from .nodes import Broken, Node, Scalar, Sequence, shown
 
 _M = TypeVar("_M", bound=BaseModel)
-
-_SECRET_KEY = re.compile(r"key|token|secret|password|passwd|credential|auth", re.IGNORECASE)
 
 # how often text from variables is converted: a conversion can uncover a union's next wish, and no union here is longer
 _ROUNDS = 3
@@ -53,6 +52,11 @@ _WANTED = {
     "model_attributes_type": "a mapping of keys",
     "dataclass_type": "a mapping of keys",
     "none_required": "nothing",
+}
+
+_PATTERNS = {
+    NAME_PATTERN: ("is not a name", "use lowercase letters, digits, '-' and '_', and begin with a letter or digit"),
+    ORIGIN_PATTERN: ("is not an origin", "write scheme and host alone, such as https://chat.example"),
 }
 
 _NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]+)?")
@@ -139,6 +143,11 @@ def _located(detail: ErrorDetails, root: nodes.Mapping) -> Finding:
     parent = tuple(path)
     if detail["type"] == "missing" and detail["loc"]:
         path.append(detail["loc"][-1])
+    tag = str(detail.get("ctx", {}).get("discriminator", "")).strip("'")
+    if tag and isinstance(node, nodes.Mapping):
+        path.append(tag)
+        if tag in node.entries:
+            mark, node = node.marks[tag], node.entries[tag]
     if isinstance(node, Scalar) and detail["type"] != "extra_forbidden":
         mark = node.mark
     return Finding(node, mark, tuple(path), parent, detail)
@@ -160,7 +169,7 @@ def _described(
 ) -> Iterator[Fault]:
     """One fault a place: a union reports every branch that did not fit, and one line should hold them all."""
     by_place: dict[tuple[Path, bool], list[Finding]] = {}
-    for finding in findings:
+    for finding in _without_consequences(model, findings):
         by_place.setdefault((finding.path, finding.error["type"] == "missing"), []).append(finding)
     for found in by_place.values():
         texts = [_texts(model, finding, hidden) for finding in found]
@@ -174,17 +183,33 @@ def _described(
         )
 
 
+def _without_consequences(model: type[BaseModel], findings: list[Finding]) -> list[Finding]:
+    """A misspelt key is also a missing one; only the first is worth a line."""
+    meant = {
+        (*finding.path[:-1], close)
+        for finding in findings
+        if finding.error["type"] == "extra_forbidden" and (close := _close_key(model, finding.path))
+    }
+    return [finding for finding in findings if finding.error["type"] != "missing" or finding.path not in meant]
+
+
+def _close_key(model: type[BaseModel], path: Path) -> str | None:
+    known = dict.fromkeys(name for owner in _models_at(model, path[:-1]) for name in _fields(owner))
+    close = get_close_matches(str(path[-1]), known, n=1, cutoff=0.6)
+    return close[0] if close else None
+
+
 def _texts(model: type[BaseModel], finding: Finding, hidden: Mapping[str, str]) -> tuple[str, str]:
     """What is wrong and what would be right."""
     kind, context = finding.error["type"], finding.error.get("ctx", {})
     got = _shown(finding)
     wanted = _WANTED.get(kind)
-    if kind == "missing":
+    if kind in ("missing", "union_tag_not_found"):
         return "the key is missing", _missing_remedy(model, finding)
     if kind == "extra_forbidden":
         return "unknown key", _unknown_remedy(model, finding)
     if wanted:
-        return f"expected {wanted}, got {_kind(finding)}", _type_remedy(wanted, finding.node)
+        return f"expected {wanted}, got {_kind(finding)}", _type_remedy(wanted, finding)
     for limit, short, right in (
         ("ge", "too small", "or more"),
         ("gt", "too small", None),
@@ -192,7 +217,7 @@ def _texts(model: type[BaseModel], finding: Finding, hidden: Mapping[str, str]) 
         ("lt", "too large", None),
     ):
         if limit in context:
-            bound = context[limit]
+            bound = f"{context[limit]:g}" if isinstance(context[limit], float) else context[limit]
             more = "more" if short == "too small" else "less"
             return f"{got} is {short}", f"write {bound} {right}" if right else f"write {more} than {bound}"
     if kind in ("literal_error", "enum", "union_tag_invalid"):
@@ -201,7 +226,8 @@ def _texts(model: type[BaseModel], finding: Finding, hidden: Mapping[str, str]) 
         return _pattern(str(context["pattern"]), got)
     for limit, what, right in (("min_length", "too short", "at least"), ("max_length", "too long", "at most")):
         if limit in context:
-            unit = "characters" if isinstance(finding.node, Scalar) else "items"
+            unit = "character" if isinstance(finding.node, Scalar) else "item"
+            unit += "s" if context[limit] != 1 else ""
             what = "empty" if context[limit] == 1 and limit == "min_length" else what
             return f"{got} is {what}", f"write {right} {context[limit]} {unit}"
     if kind in ("value_error", "assertion_error"):
@@ -211,10 +237,15 @@ def _texts(model: type[BaseModel], finding: Finding, hidden: Mapping[str, str]) 
 
 
 def _shown(finding: Finding) -> str:
-    is_secret = any(isinstance(part, str) and _SECRET_KEY.search(part) for part in finding.path[-1:])
-    if is_secret and isinstance(finding.node, Scalar) and isinstance(finding.node.value, str | int | float):
+    if _is_hidden(finding):
         return "the value"
     return shown(finding.node)
+
+
+def _is_hidden(finding: Finding) -> bool:
+    """Whether the key's name says that its value, though written in the file, should not be printed."""
+    node = finding.node
+    return isinstance(node, Scalar) and node.value is not None and not node.variables and is_secret(finding.path)
 
 
 def _kind(finding: Finding) -> str:
@@ -224,11 +255,14 @@ def _kind(finding: Finding) -> str:
     return f"the text {shown_value}" if is_text and shown_value.startswith(("'", '"')) else shown_value
 
 
-def _type_remedy(wanted: str, node: Node) -> str:
+def _type_remedy(wanted: str, finding: Finding) -> str:
+    node = finding.node
     if isinstance(node, Scalar) and node.value is None:
         return f"write {wanted}, or remove the key"
     if isinstance(node, Scalar) and node.variables:
         return f"set {', '.join(node.variables)} to {wanted}"
+    if _is_hidden(finding):
+        return "put it in quotes" if wanted == "text" else f"write {wanted}"
     if wanted == "text" and isinstance(node, Scalar):
         return f'quote it: "{shown(node)}"'
     if wanted in ("a whole number", "a number") and isinstance(node, Scalar) and isinstance(node.value, str):
@@ -237,8 +271,8 @@ def _type_remedy(wanted: str, node: Node) -> str:
         return "write each item on a line of its own after '- '"
     if wanted == "a mapping of keys":
         return "write 'key: value' lines, indented below this key"
-    if wanted == "true or false":
-        return "write true or false without quotes"
+    if wanted == "true or false" and isinstance(node, Scalar) and node.value in ("true", "false"):
+        return f"write {node.value} without quotes"
     return f"write {wanted}"
 
 
@@ -251,9 +285,8 @@ def _choice(expected: str, got: str, node: Node) -> tuple[str, str]:
 
 
 def _pattern(pattern: str, got: str) -> tuple[str, str]:
-    if pattern == r"^[a-z0-9][a-z0-9_-]*$":
-        return f"{got} is not a name", "use lowercase letters, digits, '-' and '_', and begin with a letter or digit"
-    return f"{got} does not have the right form", f"write text that matches {pattern}"
+    what, remedy = _PATTERNS.get(pattern, ("does not have the right form", f"write text that matches {pattern}"))
+    return f"{got} {what}", remedy
 
 
 def _refusal(finding: Finding, hidden: Mapping[str, str]) -> tuple[str, str]:
@@ -261,6 +294,8 @@ def _refusal(finding: Finding, hidden: Mapping[str, str]) -> tuple[str, str]:
     node = finding.node
     if isinstance(node, Scalar) and node.variables:
         return f"{shown(node)} is refused", f"check what {', '.join(node.variables)} holds"
+    if _is_hidden(finding):
+        return "the value is refused", "see 'llama-stack schema' for what this key may hold"
     said = str(finding.error.get("ctx", {}).get("error") or finding.error["msg"])
     for name, value in hidden.items():
         said = said.replace(value, f"${{env.{name}}}") if value else said
@@ -280,10 +315,9 @@ def _missing_remedy(model: type[BaseModel], finding: Finding) -> str:
 def _unknown_remedy(model: type[BaseModel], finding: Finding) -> str:
     key = str(finding.path[-1])
     owners = _models_at(model, finding.path[:-1])
-    known = list(dict.fromkeys(name for owner in owners for name in _fields(owner)))
-    close = get_close_matches(key, known, n=1, cutoff=0.6)
+    close = _close_key(model, finding.path)
     if close:
-        return f"did you mean {close[0]!r}?"
+        return f"did you mean {close!r}?"
     for owner in owners:
         for name, field in _fields(owner).items():
             if any(key in _fields(inner) for inner in _models_in(field.annotation)):
@@ -293,6 +327,7 @@ def _unknown_remedy(model: type[BaseModel], finding: Finding) -> str:
         return (
             f"it belongs one level up, beside {finding.path[-2]!r}" if len(finding.path) == 2 else "move it further out"
         )
+    known = dict.fromkeys(name for owner in owners for name in _fields(owner))
     return f"remove it; known here: {', '.join(known) or 'no keys'}"
 
 
