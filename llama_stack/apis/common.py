@@ -103,7 +103,7 @@ Text = Annotated[str, Field(max_length=MAX_CHARACTERS)]
 """Text of any usual length; it may be empty."""
 Label = Annotated[str, Field(max_length=255)]
 """A short text, such as a media type."""
-Maybe = Annotated[T | None, BeforeValidator(_refuse_null), _NullRefused()]
+Maybe = Annotated[T | None, AfterValidator(_refuse_null), _NullRefused()]
 """A field that may be absent; JSON ``null`` is refused, for the draft's schemas do not allow it."""
 Items = Annotated[list[T], Field(max_length=MAX_ITEMS)]
 """A list of bounded length."""
