@@ -13,8 +13,6 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from .apis.contract import Api
 
-_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD,)
-
 
 def contract_problems(provider: type[Api], contract: type[Api]) -> list[str]:
     """What of the contract the class does not keep, one line a method and cause; empty when it keeps all of it."""
@@ -109,7 +107,7 @@ def _parameter_problems(given: Callable[..., Any], promised: Callable[..., Any])
         found = by_name.pop(parameter.name, None)
         if found is None:
             yield f"lacks the parameter {parameter.name!r}"
-        elif found.kind not in _NAMED or theirs.index(found) != position:
+        elif not _takes(found, theirs.index(found), parameter, position):
             yield f"takes {parameter.name!r} in another place; it is parameter {position + 1}, by name or position"
         elif parameter.default is not parameter.empty and found.default is found.empty:
             yield f"needs {parameter.name!r}, which callers may leave out"
@@ -118,6 +116,13 @@ def _parameter_problems(given: Callable[..., Any], promised: Callable[..., Any])
     for extra in by_name.values():
         if extra.default is extra.empty and extra.kind not in (extra.VAR_POSITIONAL, extra.VAR_KEYWORD):
             yield f"needs {extra.name!r}, which the contract does not have"
+
+
+def _takes(found: inspect.Parameter, place: int, promised: inspect.Parameter, position: int) -> bool:
+    """Whether a call that passes the parameter as the contract allows, by name or by position, reaches it."""
+    if promised.kind is promised.KEYWORD_ONLY:
+        return found.kind in (found.KEYWORD_ONLY, found.POSITIONAL_OR_KEYWORD)
+    return found.kind is found.POSITIONAL_OR_KEYWORD and place == position
 
 
 def _type_problems(given: Callable[..., Any], promised: Callable[..., Any], name: str) -> Iterator[str]:

@@ -1,0 +1,400 @@
+"""The registry: what is installed by name, what a start function needs, and whether a provider keeps its contract."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any, Literal
+
+import pytest
+
+from llama_stack.apis import APIS, Api, Config, Inference, MemoryBanks, Safety, get, post
+from llama_stack.apis.common import Schema
+from llama_stack.errors import ContractMismatchError, DuplicateProviderError, NotInstalledError
+from llama_stack.plugins import ApiSpec, Plugin, ProviderSpec, discover, hookimpl
+from llama_stack.registry import NeedKind, Registry, check_provider, declaration_problems, needs
+from llama_stack.signatures import contract_problems, fits
+from llama_stack.storage import Blobs, Database
+from tests import sample_plugin
+
+
+def plugin(declared: list[ProviderSpec] | list[ApiSpec], package: str = "this process") -> Plugin:
+    """A plugin of this process that declares these."""
+
+    class Local:
+        @hookimpl
+        def llama_stack_providers(self) -> list[ProviderSpec]:
+            return [spec for spec in declared if isinstance(spec, ProviderSpec)]
+
+        @hookimpl
+        def llama_stack_apis(self) -> list[ApiSpec]:
+            return [spec for spec in declared if isinstance(spec, ApiSpec)]
+
+    return Plugin(("local",), package, "", loaded=Local())
+
+
+@pytest.fixture
+def registry() -> Registry:
+    return Registry(discover([sample_plugin])[:1])
+
+
+WORDS = ProviderSpec(api=Safety, name="words", start=sample_plugin.start_words, config=sample_plugin.WordsConfig)
+
+
+def test_everything_that_a_plugin_declares_is_found_by_name(registry: Registry) -> None:
+    """A distribution names things; this is where the names lead."""
+    assert registry.api("translation") is sample_plugin.Translation
+    assert registry.provider(Safety, "words").spec.config is sample_plugin.WordsConfig
+    assert registry.tool("dice").spec.name == "dice"
+    assert registry.face("plain").spec.name == "plain"
+    assert registry.command("echo").spec.help == "Say it again."
+    assert registry.middleware("audit").plugin.package == "this process"
+
+
+def test_lists_hold_everything_once(registry: Registry) -> None:
+    """``llama-stack list`` shows them."""
+    assert [found.spec.api for found in registry.apis()] == [*APIS, sample_plugin.Translation]
+    assert ("safety", "words") in [(found.spec.api.name, found.spec.name) for found in registry.providers()]
+    assert [found.spec.name for found in registry.tools()] == ["dice"]
+    assert [found.spec.name for found in registry.faces()] == ["plain"]
+    assert [found.spec.name for found in registry.commands()] == ["echo"]
+    assert [found.spec.name for found in registry.middlewares()] == ["audit"]
+
+
+@pytest.mark.parametrize(
+    ("look_up", "what", "remedy"),
+    [
+        (lambda r: r.api("safty"), "the API 'safty'", "did you mean 'safety'?"),
+        (lambda r: r.provider(Safety, "wrods"), "the provider 'wrods' of 'safety'", "did you mean 'words'?"),
+        (lambda r: r.provider(Safety, "zzz"), "the provider 'zzz' of 'safety'", "installed: careful, words"),
+        (lambda r: r.provider(Safety, "echo"), "the provider 'echo' of 'safety'", "'echo' provides inference"),
+        (lambda r: r.tool("dices"), "the tool 'dices'", "did you mean 'dice'?"),
+        (lambda r: r.face("zzz"), "the face 'zzz'", "installed: plain"),
+        (lambda r: r.command("ecko"), "the command 'ecko'", "did you mean 'echo'?"),
+        (lambda r: r.middleware("zzz"), "the middleware 'zzz'", "installed: audit"),
+    ],
+)
+def test_an_unknown_name_is_answered_with_the_nearest_or_with_all(
+    look_up: Callable[[Registry], object], what: str, remedy: str, registry: Registry
+) -> None:
+    """Most unknown names are misspelt ones."""
+    with pytest.raises(NotInstalledError) as refused:
+        look_up(registry)
+    assert what in refused.value.what
+    assert remedy in refused.value.remedy
+
+
+def test_two_packages_that_declare_one_provider_are_both_named() -> None:
+    """Which of the two ran would depend on the order of folders on the path."""
+    registry = Registry([plugin([WORDS], "first-words"), plugin([WORDS], "second-words")])
+    with pytest.raises(DuplicateProviderError, match="provider 'words' of 'safety' .* first-words and by second-words"):
+        registry.provider(Safety, "words")
+    assert len(registry.duplicates) == 1
+
+
+def test_one_name_may_provide_several_apis() -> None:
+    """``meta-reference`` provides inference, post-training and reward scoring."""
+    echo = ProviderSpec(api=Inference, name="words", start=sample_plugin.start_echo, config=sample_plugin.EchoConfig)
+    registry = Registry([plugin([WORDS, echo])])
+    assert registry.provider(Safety, "words").spec is WORDS
+    assert registry.provider(Inference, "words").spec is echo
+
+
+def test_a_plugin_that_declares_one_thing_twice_is_at_fault() -> None:
+    """No second package is involved, so the fault is its own."""
+    registry = Registry([plugin([WORDS, WORDS])])
+    registry.load_all()
+    assert [fault.cause for fault in registry.faults] == ["it declares provider 'words' of 'safety' twice"]
+
+
+def test_a_plugin_cannot_take_the_place_of_a_core_api() -> None:
+    """Every other plugin was written for the contract that the core has."""
+
+    class OtherSafety(Api, name="safety"):
+        @get("/other/list", extension=True)
+        async def others(self) -> list[str]:
+            """Nothing."""
+            raise NotImplementedError
+
+    class SamePath(Api, name="same_path"):
+        @post("/safety/run_shield", extension=True)
+        async def run(self) -> None:
+            """Nothing."""
+
+    for api, cause in (
+        (OtherSafety, "which llama-stack brings"),
+        (SamePath, "POST /safety/run_shield, which 'safety'"),
+    ):
+        registry = Registry([plugin([ApiSpec(api=api)])])
+        assert registry.api("safety") is Safety
+        assert cause in registry.faults[0].cause
+
+
+def test_needs_are_read_off_the_annotations() -> None:
+    """The parameters of a start function are its needs: nothing is declared a second time."""
+
+    @asynccontextmanager
+    async def start(
+        config: sample_plugin.WordsConfig,
+        inference: Inference,
+        banks: MemoryBanks | None,
+        database: Database,
+        blobs: Blobs,
+        *,
+        other: sample_plugin.Translation | None = None,
+    ) -> AsyncIterator[Safety]:
+        yield sample_plugin.WordShield(())
+
+    found = [(need.parameter, need.kind, need.api, need.is_optional) for need in needs(start)]
+    assert found == [
+        ("config", NeedKind.CONFIG, None, False),
+        ("inference", NeedKind.API, Inference, False),
+        ("banks", NeedKind.API, MemoryBanks, True),
+        ("database", NeedKind.DATABASE, None, False),
+        ("blobs", NeedKind.BLOBS, None, False),
+        ("other", NeedKind.API, sample_plugin.Translation, True),
+    ]
+
+
+def test_a_need_that_nobody_can_meet_names_its_parameter() -> None:
+    """All of them in one error, before anything is started."""
+
+    @asynccontextmanager
+    async def start(  # type: ignore[no-untyped-def]
+        untyped,
+        number: int,
+        either: Inference | Safety,
+        shield: sample_plugin.WordShield,
+        later: "NotImportedHere",  # type: ignore[name-defined]  # noqa: F821, UP037
+        *rest: Safety,
+    ) -> AsyncIterator[Safety]:
+        yield sample_plugin.WordShield(())
+
+    with pytest.raises(ContractMismatchError) as refused:
+        needs(start)
+    assert "test_registry" in str(refused.value)
+    for parameter, phrase in (
+        ("untyped", "has no type"),
+        ("number", "asks for int"),
+        ("either", "asks for"),
+        ("shield", "which is a provider, where its contract Safety belongs"),
+        ("later", "cannot be read at run time"),
+        ("rest", "cannot be passed by its name"),
+    ):
+        assert [p for p in refused.value.problems if p.startswith(f"parameter {parameter!r} ") and phrase in p]
+    assert len(refused.value.problems) == 6
+
+
+class OtherConfig(Config):
+    """Not the declared one."""
+
+
+@asynccontextmanager
+async def start_other(config: OtherConfig) -> AsyncIterator[Safety]:
+    yield sample_plugin.WordShield(())
+
+
+@asynccontextmanager
+async def start_inference() -> AsyncIterator[Inference]:
+    yield sample_plugin.never()
+
+
+@asynccontextmanager
+async def start_concrete() -> AsyncIterator[sample_plugin.WordShield]:
+    yield sample_plugin.WordShield(())
+
+
+def test_a_declaration_is_checked_before_anything_is_started() -> None:
+    """``check`` starts nothing, and still finds a provider that could never run."""
+    assert declaration_problems(WORDS) == []
+    assert declaration_problems(ProviderSpec(api=Safety, name="x", start=start_concrete)) == []
+    [problem] = declaration_problems(
+        ProviderSpec(api=Safety, name="x", start=start_other, config=sample_plugin.WordsConfig)
+    )
+    assert problem == "parameter 'config' is OtherConfig, and config= WordsConfig"
+    [problem] = declaration_problems(ProviderSpec(api=Safety, name="x", start=start_inference))
+    assert problem == "Inference is not a subclass of Safety"
+
+
+class Item(Schema):
+    """A thing."""
+
+    name: str
+
+
+class Part(Item):
+    """A smaller thing."""
+
+
+class Store(Api, name="test_store"):
+    """A contract with every shape of method."""
+
+    @post("/store/put")
+    async def put(self, item: Item, *, times: int | None = None) -> None:
+        """Keep it."""
+        raise NotImplementedError
+
+    @get("/store/find")
+    async def find(self, name: str, limit: int = 10) -> Item | None:
+        """Find it."""
+        raise NotImplementedError
+
+    @get("/store/list")
+    async def list_items(self) -> AsyncIterator[Item]:
+        """All of them."""
+        raise NotImplementedError
+
+    @get("/store/count", extension=True)
+    async def count(self) -> int:
+        """How many."""
+        raise NotImplementedError
+
+
+class Faithful(Store):
+    """Keeps the contract, with narrower results, wider parameters and more of them."""
+
+    async def put(self, item: Schema, times: int | str | None = None) -> None: ...
+
+    async def find(self, name: str, limit: int = 20, case: bool = False) -> Part:
+        return Part(name=name)
+
+    async def list_items(self) -> AsyncGenerator[Part, None]:
+        raise NotImplementedError
+
+
+def test_a_faithful_provider_has_no_problems() -> None:
+    """A subclass may take more and promise more; an operation added later has its default."""
+    assert contract_problems(Faithful, Store) == []
+
+
+def test_a_method_without_annotations_is_taken_on_trust() -> None:
+    """What is not written down cannot contradict the contract."""
+
+    class Plain(Store):
+        async def find(self, name, limit=1):  # type: ignore[no-untyped-def]
+            return None
+
+        async def put(self, *args: Any, **kwargs: Any) -> None: ...
+
+        async def list_items(self) -> Any: ...
+
+    assert contract_problems(Plain, Store) == []
+
+
+def broken(**methods: Any) -> type[Store]:
+    """A faithful provider with some of its methods replaced."""
+    return type("Broken", (Faithful,), methods)
+
+
+async def put_needs_more(self: Any, item: Item, place: str, times: int | None = None) -> None: ...
+async def put_other_name(self: Any, thing: Item, times: int | None = None) -> None: ...
+async def put_narrow(self: Any, item: Part, times: int | None = None) -> None: ...
+async def put_wrong_type(self: Any, item: str, times: int | None = None) -> None: ...
+async def put_no_none(self: Any, item: Item, times: int = 0) -> None: ...
+async def put_required(self: Any, item: Item, times: int | None) -> None: ...
+async def put_keyword(self: Any, *, item: Item, times: int | None = None) -> None: ...
+async def put_positional(self: Any, item: Item, /, times: int | None = None) -> None: ...
+async def put_returns(self: Any, item: Item, times: int | None = None) -> Item: ...  # type: ignore[empty-body]
+async def put_unreadable(self: Any, item: "Nowhere", times: int | None = None) -> None: ...  # type: ignore[name-defined]  # noqa: F821, UP037
+async def find_swapped(self: Any, limit: int = 10, name: str = "") -> None: ...
+async def find_text(self: Any, name: str, limit: int = 10) -> str: ...  # type: ignore[empty-body]
+def find_sync(self: Any, name: str, limit: int = 10) -> Item: ...  # type: ignore[empty-body]
+async def list_whole(self: Any) -> list[Item]: ...  # type: ignore[empty-body]
+async def list_strings(self: Any) -> AsyncIterator[str]: ...  # type: ignore[empty-body]
+
+
+async def list_yields(self: Any) -> AsyncIterator[Item]:
+    yield Item(name="x")
+
+
+@pytest.mark.parametrize(
+    ("methods", "problem"),
+    [
+        ({"put": put_needs_more}, "put needs 'place', which the contract does not have"),
+        ({"put": put_other_name}, "put lacks the parameter 'item'"),
+        ({"put": put_narrow}, "put takes Part as 'item' where the contract says Item"),
+        ({"put": put_wrong_type}, "put takes str as 'item' where the contract says Item"),
+        ({"put": put_no_none}, "put takes int as 'times' where the contract says int | None"),
+        ({"put": put_required}, "put needs 'times', which callers may leave out"),
+        ({"put": put_keyword}, "put takes 'item' in another place"),
+        ({"put": put_positional}, "put takes 'item' in another place"),
+        ({"put": put_returns}, "put returns Item where the contract says None"),
+        ({"put": put_unreadable}, "put has a type of 'item' that cannot be read"),
+        ({"put": 3}, "put is not a method"),
+        ({"find": find_swapped}, "find takes 'name' in another place"),
+        ({"find": find_text}, "find returns str where the contract says Item | None"),
+        ({"find": find_sync}, "find is not async"),
+        ({"list_items": list_whole}, "list_items returns list[Item] where the contract says AsyncIterator[Item]"),
+        ({"list_items": list_strings}, "list_items returns AsyncIterator[str]"),
+        ({"list_items": list_yields}, "list_items yields; it should be a coroutine function that returns"),
+        ({"count": find_sync}, "count is not async"),
+        ({"owns": find_sync}, "owns is not async"),
+    ],
+)
+def test_each_way_to_break_a_contract_is_found_and_named(methods: dict[str, Any], problem: str) -> None:
+    """An abstract class checks names alone; a wrong signature would otherwise show at the first request."""
+    assert [found for found in contract_problems(broken(**methods), Store) if found.startswith(problem)]
+
+
+def test_a_method_that_is_missing_is_named() -> None:
+    """Statically too, before an instance could be made."""
+
+    class Half(Store):
+        async def put(self, item: Item, *, times: int | None = None) -> None: ...
+
+    assert contract_problems(Half, Store) == ["find is missing", "list_items is missing"]
+
+
+def test_a_started_provider_must_be_one_of_its_api() -> None:
+    """The last look before the server listens."""
+    check_provider(WORDS, sample_plugin.WordShield(()))
+    with pytest.raises(ContractMismatchError, match="it yields object, not a subclass of Safety"):
+        check_provider(WORDS, object())
+    with pytest.raises(ContractMismatchError, match="Dictionary is not a subclass of Safety"):
+        check_provider(WORDS, sample_plugin.Dictionary())
+
+
+@pytest.mark.parametrize("api", APIS, ids=lambda api: api.name)
+def test_every_contract_of_the_core_can_be_kept(api: type[Api]) -> None:
+    """The rules of the check must not refuse a class that repeats the contract word for word."""
+    methods = {name: vars(api)[name] for name in vars(api) if getattr(vars(api)[name], "__isabstractmethod__", False)}
+    repeated = {name: _copy(method) for name, method in methods.items()}
+    assert contract_problems(type("Repeated", (api,), repeated), api) == []
+
+
+def _copy(method: Any) -> Any:
+    import inspect
+    import types
+
+    source = inspect.unwrap(method)
+    copy = types.FunctionType(source.__code__, source.__globals__, source.__name__, source.__defaults__)
+    copy.__annotations__, copy.__kwdefaults__ = source.__annotations__, source.__kwdefaults__
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted", "expected"),
+    [
+        (int, int, True),
+        (bool, int, True),
+        (int, str, False),
+        (Part, Item, True),
+        (Item, Part, False),
+        (int, int | None, True),
+        (int | None, int, False),
+        (None, int | None, True),
+        (list[Part], list[Item], True),
+        (list[str], list[Item], False),
+        (dict[str, int], dict[str, str], False),
+        (AsyncGenerator[Part, None], AsyncIterator[Item], True),
+        (Literal["a"], str, True),
+        (Literal["a"], Literal["a", "b"], True),
+        (Literal["a", "c"], Literal["a", "b"], False),
+        (Literal[1], str, False),
+        (Any, int, True),
+        (int, Any, True),
+    ],
+)
+def test_one_type_fits_another_when_all_its_values_do(given: Any, wanted: Any, expected: bool) -> None:
+    """Results may be narrower, parameters wider."""
+    assert fits(given, wanted) is expected
