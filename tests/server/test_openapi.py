@@ -15,6 +15,8 @@ from pydantic import BaseModel
 
 from llama_stack.apis import APIS, Api, Datasets, Inference, contract_of, operations, post
 from llama_stack.apis.common import EXTENSION, Id, Maybe, Schema
+from llama_stack.errors import AlreadyExistsError, FieldFault, InvalidRequestError, ModelNotFoundError, UnavailableError
+from llama_stack.server.errors import problem
 from llama_stack.server.openapi import draft_document, extension_document
 from tests.draft_schemas import DraftSchemas, draft, read_overlaps_as_any_of
 
@@ -262,6 +264,33 @@ def test_a_provider_class_is_published_by_its_contract() -> None:
 
     assert contract_of(Mine) is Datasets
     assert draft_document([Mine]) == draft_document([Datasets])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ModelNotFoundError("tiny", ["small"]),
+        InvalidRequestError(
+            "2 fields are invalid",
+            faults=[
+                FieldFault("/max_tokens", "too_large", "at most 9", 9),
+                FieldFault("/x", "unknown_key", "no such key"),
+            ],
+        ),
+        AlreadyExistsError("dataset", "d1", param="uuid"),
+        UnavailableError("later", retry_after_seconds=3),
+        RuntimeError("our bug"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_the_errors_that_are_sent_are_the_errors_that_are_published(error: Exception) -> None:
+    """The draft says nothing of errors; what we say of them must hold for each."""
+    components = draft_document()["components"]
+    judge = Draft202012Validator({"components": components, "$ref": "#/components/schemas/Problem"})
+    document = problem(error, "r1")
+    judge.validate(document)
+    assert set(components["schemas"]["Problem"]["properties"]) >= document.keys() - {"existing_matches"}
+    assert not judge.is_valid(document | {"status": "404"})
 
 
 def test_read_to_the_letter_the_draft_refuses_every_builtin_tool() -> None:
