@@ -114,7 +114,7 @@ def _base64(validator: Any, encoding: str, value: Any, schema: Any) -> Iterator[
             yield ValidationError(f"{value[:40]!r} is not base64")
 
 
-_Strict = validators.extend(Draft202012Validator, {"contentEncoding": _base64})
+_Strict: Any = validators.extend(Draft202012Validator, {"contentEncoding": _base64})  # type: ignore[no-untyped-call]
 _FORMATS = FormatChecker(formats=())
 
 

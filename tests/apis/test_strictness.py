@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from llama_stack.apis import APIS, operations
 from llama_stack.apis.agentic_system import (
@@ -231,9 +231,9 @@ def parts(schema: Any) -> Iterator[dict[str, Any]]:
         ({"uuid": "s"}, SafetyFilteringStep),
     ],
 )
-def test_a_step_is_told_by_its_type_or_else_by_its_keys(step: dict[str, Any], kind: type[BaseModel]) -> None:
+def test_a_step_is_told_by_its_type_or_else_by_its_keys(step: dict[str, Any], kind: type[Schema]) -> None:
     """Rules G1 and G5: the type has a default and may be absent; where it stands, it decides."""
-    found = TypeAdapter[Any](Step).validate_json(json.dumps(step))
+    found: Any = TypeAdapter[Any](Step).validate_json(json.dumps(step))
     assert type(found) is kind
     assert json.loads(TypeAdapter[Any](Step).dump_json(found, exclude_none=True))["step_type"] == found.step_type
 
