@@ -1,6 +1,7 @@
 """How a contract is read off its methods, and what is refused at once."""
 
-# mypy: disable-error-code="empty-body"  # an operation's body in its contract is its docstring
+# An operation's body in its contract is its docstring.
+# mypy: disable-error-code="empty-body"
 
 from __future__ import annotations
 

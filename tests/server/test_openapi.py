@@ -1,6 +1,7 @@
 """The published documents against the draft's own file, and what may differ."""
 
-# mypy: disable-error-code="empty-body"  # an operation's body in its contract is its docstring
+# An operation's body in its contract is its docstring.
+# mypy: disable-error-code="empty-body"
 
 from __future__ import annotations
 
