@@ -1,0 +1,228 @@
+"""One request and its answer: who asked, what was sent back, and the one way to end it from outside.
+
+A client that leaves, a deadline that passes and a server that shuts down all end a request alike: ``interrupt`` cancels
+the task that serves it, and whoever catches the cancellation asks ``interruption`` for the reason.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any
+
+from starlette.types import Message, Receive, Scope, Send
+
+from ..errors import DeadlineExceededError, FieldFault, InvalidRequestError, RequestError
+from .errors import Headers, problem_bytes, problem_headers, shown
+
+KEY = "llama_stack.exchange"
+"""Where a scope holds its exchange."""
+ABORT = "llama_stack.abort"
+"""The ASGI extension by which our protocol lets an application cut the connection off."""
+MAX_DEADLINE_MS = 600_000
+UNHURRIED_SECONDS = 0.01
+"""A call that ends sooner is not watched for a client that leaves."""
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+_ONCE_ONLY = frozenset(
+    (
+        b"host",
+        b"origin",
+        b"content-type",
+        b"content-length",
+        b"content-encoding",
+        b"transfer-encoding",
+        b"x-deadline-ms",
+    )
+)
+
+
+class ClientGoneError(Exception):
+    """The client closed the connection before its answer was complete. Nobody is left to be told."""
+
+
+class Exchange:
+    """One HTTP exchange. ``status``, ``code`` and the byte counts are what log and metrics say about it."""
+
+    __slots__ = (
+        "_closing",
+        "_interruption",
+        "_receive",
+        "_send",
+        "_task",
+        "_timers",
+        "_watcher",
+        "bytes_in",
+        "bytes_out",
+        "code",
+        "headers",
+        "id",
+        "is_complete",
+        "is_draining",
+        "method",
+        "path",
+        "scope",
+        "standard_headers",
+        "started_at",
+        "status",
+        "template",
+    )
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.started_at = perf_counter()
+        self.scope = scope
+        self.method: str = scope["method"]
+        self.path: str = scope["path"]
+        self.headers: dict[bytes, bytes] = dict(scope["headers"])
+        offered = self.headers.get(b"x-request-id")
+        self.id = offered.decode() if offered and _REQUEST_ID.fullmatch(offered) else os.urandom(12).hex()
+        self.template = "unmatched"
+        """The path as the contract writes it; never the raw path, which clients choose."""
+        self.status = 0
+        self.code = "ok"
+        self.bytes_in = 0
+        self.bytes_out = 0
+        self.is_complete = False
+        self.standard_headers: Headers = [
+            (b"x-request-id", self.id.encode()),
+            (b"cache-control", b"no-store"),
+            (b"x-content-type-options", b"nosniff"),
+        ]
+        self._receive = receive
+        self._send = send
+        self._task = asyncio.current_task()
+        self._timers: list[asyncio.TimerHandle] = []
+        self._watcher: asyncio.Task[None] | None = None
+        self._interruption: Exception | None = None
+        self._closing = False
+
+    @property
+    def has_started(self) -> bool:
+        """Whether the status is spent."""
+        return self.status != 0
+
+    def check_headers(self) -> None:
+        """Refuse headers that leave open what is meant, and arm the deadline that the client gives.
+
+        Raises ``RequestError`` for a header that may come once and came twice, or for two ways of framing the body,
+        and ``InvalidRequestError`` for a deadline that is no number of milliseconds up to ``MAX_DEADLINE_MS``.
+        """
+        if len(self.headers) != len(self.scope["headers"]):
+            names = [name for name, _ in self.scope["headers"]]
+            twice = [name.decode() for name in sorted(_ONCE_ONLY) if names.count(name) > 1]
+            if twice:
+                raise RequestError(f"the header {twice[0]} is sent more than once")
+        if b"transfer-encoding" in self.headers and b"content-length" in self.headers:
+            raise RequestError("content-length and transfer-encoding are both sent; keep one")
+        deadline = self.headers.get(b"x-deadline-ms")
+        if deadline is not None:
+            if not deadline.isdigit() or len(deadline) > 6 or not 0 < int(deadline) <= MAX_DEADLINE_MS:
+                detail = f"X-Deadline-Ms should be a whole number of milliseconds from 1 to {MAX_DEADLINE_MS}"
+                raise InvalidRequestError(detail, faults=[FieldFault("X-Deadline-Ms", "invalid", detail)])
+            passed = DeadlineExceededError(f"the deadline of {int(deadline)} ms that the request gave has passed")
+            self.interrupt_after(int(deadline) / 1000, passed)
+
+    def interrupt(self, reason: Exception) -> None:
+        """End the request for this reason; only the first reason counts, and an answer that is complete stays so."""
+        if self._interruption is None and not self._closing and not self.is_complete and self._task is not None:
+            self._interruption = reason
+            self._task.cancel()
+
+    def interrupt_after(self, seconds: float, reason: Exception) -> Callable[[], None]:
+        """End the request for this reason unless it is over, or the returned function is called, before that."""
+        timer = asyncio.get_running_loop().call_later(seconds, self.interrupt, reason)
+        self._timers.append(timer)
+        return timer.cancel
+
+    def interruption(self) -> Exception:
+        """The reason for the cancellation just caught, which is thereby dealt with.
+
+        Raises ``CancelledError`` again when the cancellation was not ours.
+        """
+        if self._interruption is None:
+            raise asyncio.CancelledError
+        if self._task is not None:
+            self._task.uncancel()
+        return self._interruption
+
+    def watch(self) -> None:
+        """From now on, end the request when its client leaves."""
+        if self._watcher is None and not self._closing:
+            self._watcher = asyncio.get_running_loop().create_task(self._watch())
+
+    def watch_unhurried(self) -> None:
+        """Watch for the client's leaving once the call has run for a while, for a quick one is not worth a task."""
+        self._timers.append(asyncio.get_running_loop().call_later(UNHURRIED_SECONDS, self.watch))
+
+    async def receive(self) -> Message:
+        """The next message of the request, counted."""
+        message = await self._receive()
+        if message["type"] == "http.request":
+            self.bytes_in += len(message.get("body", b""))
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Pass a message of the answer on, counted, and with the headers that every answer has."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            names = {name for name, _ in message.get("headers", ())}
+            added = [pair for pair in self.standard_headers if pair[0] not in names]
+            message = {**message, "headers": [*message.get("headers", ()), *added]}
+        else:
+            self.bytes_out += len(message.get("body", b""))
+            self.is_complete = not message.get("more_body", False)
+        await self._send(message)
+
+    async def answer(self, status: int, headers: Headers, body: bytes) -> None:
+        """Send a whole answer."""
+        if body or status != 204:
+            headers = [*headers, (b"content-length", b"%d" % len(body))]
+        await self.begin(status, headers)
+        self.bytes_out += len(body)
+        self.is_complete = True
+        await self._send({"type": "http.response.body", "body": body})
+
+    async def answer_error(self, error: BaseException, headers: Headers | None = None) -> None:
+        """Send the problem document of an error."""
+        headers = [*problem_headers(error), *(headers or ())]
+        await self.answer(shown(error).status, headers, problem_bytes(error, self.id))
+
+    async def begin(self, status: int, headers: Headers) -> None:
+        """Send the status and the headers."""
+        self.status = status
+        await self._send(
+            {"type": "http.response.start", "status": status, "headers": [*headers, *self.standard_headers]}
+        )
+
+    async def write(self, body: bytes) -> None:
+        """Send a piece of the body now."""
+        self.bytes_out += len(body)
+        await self._send({"type": "http.response.body", "body": body, "more_body": True})
+
+    async def end(self) -> None:
+        """Say that the body is complete."""
+        self.is_complete = True
+        await self._send({"type": "http.response.body", "body": b""})
+
+    def abort(self) -> None:
+        """Cut the connection off, so that the client cannot take what it has for the whole answer."""
+        self.is_complete = True
+        abort: Any = self.scope.get("extensions", {}).get(ABORT)
+        if abort is not None:
+            abort()
+
+    def close(self) -> None:
+        """Stop timers and watcher; nothing ends this exchange any more."""
+        self._closing = True
+        for timer in self._timers:
+            timer.cancel()
+        if self._watcher is not None:
+            self._watcher.cancel()
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self.interrupt(ClientGoneError())

@@ -1,0 +1,107 @@
+"""What this server says about itself: alive, ready, who provides what, its version, its metrics and its documents."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from ..errors import DrainingError, UnavailableError
+from ..stack import Stack
+from .exchange import Exchange
+from .metrics import MEDIA_TYPE, Metrics
+from .openapi import draft_document, extension_document
+from .replies import JSON, Form, lines_form
+from .routes import Routes
+from .traffic import Traffic
+
+DRAFT_VERSION = "0.0.1"
+"""The version of the draft specification that this server implements."""
+
+
+class Health:
+    """The server's own routes. ``live`` asks nobody, so that it answers whatever the providers do."""
+
+    def __init__(self, stack: Stack, traffic: Traffic, metrics: Metrics, faces: Callable[[], list[Any]]) -> None:
+        self._stack = stack
+        self._traffic = traffic
+        self._metrics = metrics
+        self._faces = faces
+        self._documents: dict[str, bytes] = {}
+
+    def add_to(self, routes: Routes) -> None:
+        """Serve these routes."""
+        routes.add("GET", "/health/live", self.live)
+        routes.add("GET", "/health/ready", self.ready)
+        routes.add("GET", "/providers/list", self.providers)
+        routes.add("GET", "/version", self.version)
+        routes.add("GET", "/metrics", self.metrics)
+        routes.add("GET", "/openapi.json", self.draft)
+        routes.add("GET", "/openapi-ext.json", self.extensions)
+
+    async def live(self, exchange: Exchange) -> None:
+        """200 as long as the event loop runs."""
+        await exchange.answer(200, JSON, b'{"status":"live"}')
+
+    async def ready(self, exchange: Exchange) -> None:
+        """200 when every required provider is up and the store takes writes; else 503, with the providers either way.
+
+        A failed optional provider is listed and does not make the stack unready.
+        """
+        providers = self._providers()
+        if self._traffic.is_draining:
+            raise DrainingError("the server is shutting down", extra={"providers": providers})
+        if not self._stack.is_ready:
+            waiting = [p["id"] for p in providers if p["state"] != "ready"]
+            detail = f"not ready yet: {', '.join(waiting)}" if waiting else "the store does not take writes"
+            raise UnavailableError(detail, extra={"providers": providers})
+        await exchange.answer(200, JSON, _compact({"status": "ready", "providers": providers}))
+
+    async def providers(self, exchange: Exchange) -> None:
+        """Every provider of the distribution and where it stands, one a line."""
+        form = lines_form(exchange)
+        listed = [_compact(provider) for provider in self._providers()]
+        body = b"".join(line + b"\n" for line in listed) if form is Form.LINES else b"[" + b",".join(listed) + b"]"
+        await exchange.answer(200, form.headers, body)
+
+    async def version(self, exchange: Exchange) -> None:
+        """The version of this package, and of the specification that it implements."""
+        about = {"name": "llama-stack", "version": _version(), "specification": DRAFT_VERSION}
+        about["distribution"] = self._stack.distribution.name
+        await exchange.answer(200, JSON, _compact(about))
+
+    async def metrics(self, exchange: Exchange) -> None:
+        """The metrics in Prometheus' text format."""
+        await exchange.answer(200, [(b"content-type", MEDIA_TYPE)], self._metrics.text())
+
+    async def draft(self, exchange: Exchange) -> None:
+        """The OpenAPI document of the draft's operations."""
+        await self._document(exchange, "draft", lambda: draft_document(self._stack.apis))
+
+    async def extensions(self, exchange: Exchange) -> None:
+        """The OpenAPI document of everything beyond the draft."""
+        await self._document(exchange, "extensions", lambda: extension_document(self._stack.apis, self._faces()))
+
+    async def _document(self, exchange: Exchange, name: str, make: Callable[[], dict[str, Any]]) -> None:
+        if name not in self._documents:
+            self._documents[name] = json.dumps(make()).encode()
+        await exchange.answer(200, JSON, self._documents[name])
+
+    def _providers(self) -> list[dict[str, Any]]:
+        return [
+            {key: value for key, value in asdict(status).items() if value is not None}
+            for status in self._stack.status()
+        ]
+
+
+def _version() -> str:
+    try:
+        return version("llama-stack")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _compact(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
