@@ -83,6 +83,9 @@ class Connections(Protocol):
 
     dialect: Literal["sqlite", "postgresql"]
 
+    async def prepare(self) -> None:
+        """Reach the database, and refuse one that is not ours. Called once, before anything else."""
+
     def reading(self) -> AbstractAsyncContextManager[AsyncConnection]:
         """A connection inside a read-only transaction."""
 
@@ -120,9 +123,7 @@ class Database:
 
     @property
     def healthy(self) -> bool:
-        """Whether writes are taken; false for good once a commit could not be made durable (see
-        ``StoreFailedError``).
-        """
+        """Whether writes are taken; false for good after one that could not be made durable."""
         return self._health.healthy
 
     def name(self, table: str) -> str:
@@ -143,15 +144,11 @@ class Database:
         return name.startswith(self._prefix)
 
     def expand(self, sql: str) -> str:
-        """``sql`` with each ``{table}`` replaced by the full name of this owner's table. Other braces stay as they
-        are.
-        """
+        """``sql`` with each ``{table}`` replaced by its full name; any other brace stays as it is."""
         return _PLACE.sub(lambda place: self.name(place[1]), sql)
 
     def sql(self, sql: str) -> TextClause:
-        """A statement for ``execute``: ``{table}`` as in ``expand``, values bound as ``:name`` and never written
-        into it.
-        """
+        """A statement for ``execute``, with ``{table}`` as in ``expand`` and each value bound as ``:name``."""
         statement = self._texts.get(sql)
         if statement is None:
             from sqlalchemy import text

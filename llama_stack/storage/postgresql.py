@@ -54,8 +54,9 @@ class PostgresqlConnections:
 
     dialect: Literal["sqlite", "postgresql"] = "postgresql"
 
-    def __init__(self, url: str, health: Health, *, busy_timeout_seconds: float) -> None:
+    def __init__(self, url: str, location: str, health: Health, *, busy_timeout_seconds: float) -> None:
         self._url = url
+        self._location = location
         self._health = health
         self._turns = Turns(busy_timeout_seconds)
         self._busy_timeout_seconds = busy_timeout_seconds
@@ -72,9 +73,15 @@ class PostgresqlConnections:
         event.listen(self._engine.sync_engine, "handle_error", self._explain)
 
     async def prepare(self) -> None:
-        """Reach the server once. Raises ``StoreUnavailableError``."""
-        async with self.reading() as connection:
-            await connection.exec_driver_sql("SELECT 1")
+        """Reach the server once. Raises ``StoreUnavailableError``, which tells the operator where and why."""
+        try:
+            async with self.reading() as connection:
+                await connection.exec_driver_sql("SELECT 1")
+        except StoreUnavailableError as error:
+            cause = error.__cause__ or error
+            raise StoreUnavailableError(
+                f"{self._location} cannot be reached: {cause or type(cause).__name__}"
+            ) from error
 
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[AsyncConnection]:
@@ -116,7 +123,8 @@ class PostgresqlConnections:
             )
         except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, ValueError) as error:
             self._health.reachable = False
-            raise StoreUnavailableError(f"PostgreSQL cannot be reached: {error or type(error).__name__}") from error
+            # Without the cause, which names hosts: a client may see this.
+            raise StoreUnavailableError("the database server cannot be reached") from error
         return connection
 
     def _explain(self, context: ExceptionContext) -> StackError | None:
@@ -136,7 +144,9 @@ class PostgresqlConnections:
         )
         if context.is_disconnect or is_standby or state.startswith(_NOT_NOW):
             self._health.reachable = False
-            return StoreUnavailableError("PostgreSQL broke off; if it was committing, the change may be applied or not")
+            return StoreUnavailableError(
+                "the database broke off; if it was committing, the change may be applied or not"
+            )
         return None
 
 

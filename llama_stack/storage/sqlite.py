@@ -60,12 +60,11 @@ class SqliteConnections:
         self._writer = self._engine(busy_timeout_seconds, connections=1, is_writer=True)
         self._reader = self._engine(busy_timeout_seconds, connections=READERS, is_writer=False)
 
-    def prepare(self) -> None:
-        """Make the file if there is none, and refuse one that is not ours to write. Blocking; called once, at the
-        start.
+    async def prepare(self) -> None:
+        """Make the file if there is none. Raises ``StoreError`` and ``StoreTooNewError``, with the file untouched."""
+        await in_thread(self._make_or_check)
 
-        Raises ``StoreError`` and, with the file untouched, ``StoreTooNewError``.
-        """
+    def _make_or_check(self) -> None:
         try:
             if self._path.exists():
                 self._refuse_foreign()
@@ -116,6 +115,7 @@ class SqliteConnections:
                 await self._empty_log()
             async with transaction(self._writer) as connection:
                 yield connection
+                self._health.require_writable()  # a reader may have found the file damaged meanwhile
                 await to_the_end(connection.commit())
             if uses_ballast:
                 await self._empty_log()

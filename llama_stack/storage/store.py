@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from llama_stack.errors import StoreError
 from llama_stack.storage.blobs import Blobs
@@ -13,10 +12,6 @@ from llama_stack.storage.cancellation import in_thread
 from llama_stack.storage.database import BUSY_TIMEOUT_SECONDS, Connections, Database, Health, owner_identifier
 from llama_stack.storage.files import make_private_folder
 from llama_stack.storage.migrations import CORE_MIGRATIONS, CORE_OWNER
-
-if TYPE_CHECKING:
-    from llama_stack.storage.postgresql import PostgresqlConnections
-    from llama_stack.storage.sqlite import SqliteConnections
 
 FORMS = "sqlite, sqlite:///ABSOLUTE/PATH, sqlite::memory: or postgresql://USER:PASSWORD@HOST:PORT/DATABASE"
 
@@ -83,54 +78,48 @@ async def open_store(
     Raises ``StoreError`` (a bad url, a file that is not ours), ``StoreTooNewError``, ``StoreUnavailableError``; no
     message holds the url's password.
     """
-    health = Health()
     if url == "sqlite::memory:":
         import tempfile
 
         with tempfile.TemporaryDirectory(prefix="llama-stack-") as temporary:
-            path = Path(temporary) / "store.sqlite"
-            connections = await _open_sqlite(path, health, busy_timeout_seconds, durable=False)
-            async with _opened("sqlite::memory:", connections, health, Path(temporary) / "blobs") as store:
+            health = Health()
+            served = _sqlite(Path(temporary) / "store.sqlite", health, busy_timeout_seconds, durable=False)
+            async with _opened(url, served, health, Path(temporary)) as store:
                 yield store
         return
     await in_thread(_make_folder, folder)
+    health = Health()
     if url.startswith(("postgresql:", "postgres:")):
         location = _redacted(url)
-        served = await _open_postgresql(url, location, health, busy_timeout_seconds)
-        async with _opened(location, served, health, folder / "blobs") as store:
-            yield store
+        served = _postgresql(url, location, health, busy_timeout_seconds)
     else:
         path = _sqlite_path(url, folder)
-        connections = await _open_sqlite(path, health, busy_timeout_seconds, durable=True)
-        async with _opened(str(path), connections, health, folder / "blobs") as store:
-            yield store
+        location = str(path)
+        served = _sqlite(path, health, busy_timeout_seconds, durable=True)
+    async with _opened(location, served, health, folder) as store:
+        yield store
 
 
 @asynccontextmanager
-async def _opened(location: str, connections: Connections, health: Health, blobs_folder: Path) -> AsyncIterator[Store]:
+async def _opened(location: str, connections: Connections, health: Health, folder: Path) -> AsyncIterator[Store]:
     try:
+        await connections.prepare()
         await Database(CORE_OWNER, connections, health).migrate(CORE_MIGRATIONS)
-        yield Store(location, connections, health, blobs_folder)
+        yield Store(location, connections, health, folder / "blobs")
     finally:
         await connections.close()
 
 
-async def _open_sqlite(path: Path, health: Health, busy_timeout_seconds: float, *, durable: bool) -> SqliteConnections:
+def _sqlite(path: Path, health: Health, busy_timeout_seconds: float, *, durable: bool) -> Connections:
     from llama_stack.storage.sqlite import SqliteConnections
 
-    connections = SqliteConnections(path, health, busy_timeout_seconds=busy_timeout_seconds, durable=durable)
-    await in_thread(connections.prepare)
-    return connections
+    return SqliteConnections(path, health, busy_timeout_seconds=busy_timeout_seconds, durable=durable)
 
 
-async def _open_postgresql(
-    url: str, location: str, health: Health, busy_timeout_seconds: float
-) -> PostgresqlConnections:
+def _postgresql(url: str, location: str, health: Health, busy_timeout_seconds: float) -> Connections:
     from llama_stack.storage.postgresql import PostgresqlConnections
 
-    connections = PostgresqlConnections(url, health, busy_timeout_seconds=busy_timeout_seconds)
-    await connections.prepare()
-    return connections
+    return PostgresqlConnections(url, location, health, busy_timeout_seconds=busy_timeout_seconds)
 
 
 def _make_folder(folder: Path) -> None:
@@ -161,9 +150,7 @@ def _sqlite_path(url: str, folder: Path) -> Path:
 
 
 def _redacted(url: str) -> str:
-    """``url`` without user, password and options. Raises ``StoreError``, showing none of it, when it cannot be taken
-    apart.
-    """
+    """``url`` without user, password and options. Raises ``StoreError``, which shows none of it."""
     from urllib.parse import urlsplit
 
     try:
@@ -173,4 +160,6 @@ def _redacted(url: str) -> str:
         raise StoreError(f"storage.url is not a valid url; write {FORMS}") from None
     if parts.scheme in ("postgresql", "postgres") and not (parts.netloc or "host=" in parts.query):
         raise StoreError(f"storage.url names no host; write {FORMS}")
+    if "@" in parts.path + parts.query + parts.fragment:
+        raise StoreError("storage.url: write '/', '#', '?' and '@' in a password as %2F, %23, %3F and %40")
     return f"{parts.scheme}://{host}{f':{port}' if port else ''}{parts.path}"

@@ -10,8 +10,11 @@ import os
 import sys
 from pathlib import Path
 
+import anyio.to_thread  # noqa: F401  this and what follows: once, not in each fork
+from sqlalchemy.dialects.sqlite import aiosqlite  # noqa: F401
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+import llama_stack.storage.sqlite  # noqa: F401
 from llama_stack.errors import StackError
 from llama_stack.storage import Database, Migration, open_store
 
@@ -59,6 +62,8 @@ async def write_pairs(url: str, folder: Path) -> None:
 
 def fork_writers(url: str, folder: Path) -> None:
     """A writer for each line of input. Forked, because the imports take longer than the work."""
+    if url != "sqlite":
+        import llama_stack.storage.postgresql  # noqa: F401
     for _ in sys.stdin:
         writer = os.fork()
         if writer == 0:

@@ -30,6 +30,9 @@ def postgresql_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]
     )
     pytest.importorskip("asyncpg", reason="PostgreSQL is not tested: install asyncpg (the extra 'postgresql')")
     server = pgserver.get_server(tmp_path_factory.mktemp("postgresql"), cleanup_mode="delete")
+    # The server is never killed here, only its clients, so it need not wait for the disk.
+    server.psql("ALTER SYSTEM SET fsync = off")
+    server.psql("SELECT pg_reload_conf()")
     yield server.get_uri()
     server.cleanup()
 

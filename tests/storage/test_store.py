@@ -81,6 +81,8 @@ async def test_memory_leaves_nothing_behind(tmp_path: Path) -> None:
         ("postgresql://u:secret@h:port/d", "not a valid url"),
         ("postgresql://u:secret@[::1/d", "not a valid url"),
         ("postgresql:///d", "no host"),
+        ("postgresql://u:12/secret@h/d", "%2F"),
+        ("postgresql://u:12#secret@h/d", "%2F"),
         ("/var/lib/secret.db", "write sqlite"),
     ],
 )
