@@ -8,7 +8,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from .asynchronous import AsyncClient
-from .blocking import (
+from .connection import DEFAULT_TIMEOUTS, MAX_REPLY_BYTES, Timeouts
+from .event_loop import EventLoopThread
+from .forms import (
     BlockingAgenticSystem,
     BlockingApi,
     BlockingDatasets,
@@ -20,8 +22,6 @@ from .blocking import (
     BlockingSafety,
     BlockingSyntheticDataGeneration,
 )
-from .connection import DEFAULT_TIMEOUTS, MAX_REPLY_BYTES, Timeouts
-from .event_loop import EventLoopThread
 
 if TYPE_CHECKING:
     from ..stack import Stack

@@ -7,19 +7,18 @@ import gc
 import json
 import socket
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any, assert_type
 
 import pytest
 
-from llama_stack.apis import APIS, Api, Inference, MemoryBanks, Safety, operations, post
+from llama_stack.apis import APIS, Api, Inference, Safety, operations, post
 from llama_stack.apis.common import Dialog, Message
 from llama_stack.apis.inference import (
     BatchCompletionRequest,
     ChatCompletionRequest,
     ChatCompletionResponse,
     ChatCompletionResponseStreamChunk,
-    CompletionRequest,
-    CompletionResponse,
 )
 from llama_stack.apis.memory_banks import MemoryBankDocument
 from llama_stack.client import AsyncClient, Stream, Timeouts, chunks, whole
@@ -52,12 +51,26 @@ LAST = {"text_delta": "", "stop_reason": "finished_ok"}
 REPLY = {"content": "hi", "stop_reason": "finished_ok", "tool_calls": []}
 
 
+class Weather(Api, name="weather"):
+    """A third party's contract."""
+
+    @post("/weather/in")
+    async def weather(self, city: str, days: int = 1) -> str:
+        raise NotImplementedError
+
+
 def chat(*, stream: bool = False) -> ChatCompletionRequest:
     return ChatCompletionRequest(model="m", dialog=Dialog(message=Message.user("hello")), stream=stream)
 
 
 async def streamed(client: AsyncClient) -> Stream[ChatCompletionResponseStreamChunk]:
     return chunks(await client.inference.chat_completion(chat(stream=True)))
+
+
+@asynccontextmanager
+async def served(answer: Answer, **options: Any) -> AsyncIterator[tuple[AsyncClient, ScriptedServer]]:
+    async with ScriptedServer(answer) as server, AsyncClient(server.url + "/", **options) as client:
+        yield client, server
 
 
 def problem_answer(code: str, status: int, **members: Any) -> Answer:
@@ -70,8 +83,10 @@ def problem_answer(code: str, status: int, **members: Any) -> Answer:
 
 async def test_a_body_goes_as_json_without_absent_fields() -> None:
     """The draft's schemas take no null: what is absent is left out, what has a default is sent (spec rule G1)."""
-    async with ScriptedServer(sent_whole(json.dumps(REPLY).encode())) as server, AsyncClient(server.url) as client:
+    async with served(sent_whole(json.dumps(REPLY).encode())) as (client, server):
         reply = whole(await client.inference.chat_completion(chat()))
+    assert_type(client.inference, Inference)
+    assert_type(client.api(Safety), Safety)
     assert_type(reply, ChatCompletionResponse)
     assert (reply.content, reply.tool_calls) == ("hi", [])
     [request] = server.requests
@@ -87,8 +102,8 @@ async def test_a_body_goes_as_json_without_absent_fields() -> None:
 async def test_parameters_go_into_the_query_beside_a_body() -> None:
     """The draft's memory operations have both; base64 is the wire's, bytes are ours."""
     document = MemoryBankDocument(uuid="d", content=b"\x00\xff", metadata={}, mime_type="text/plain")
-    async with ScriptedServer(sent_whole(b"", None)) as server, AsyncClient(server.url) as client:
-        assert await client.memory_banks.insert("b&1", [document]) is None
+    async with served(sent_whole(b"", None)) as (client, server):
+        await client.memory_banks.insert("b&1", [document])
     [request] = server.requests
     assert request.query == {"bank_uuid": "b&1"}
     assert json.loads(request.body)[0]["content"] == "AP8="
@@ -97,7 +112,7 @@ async def test_parameters_go_into_the_query_beside_a_body() -> None:
 async def test_a_parameter_left_at_its_default_is_not_sent() -> None:
     """A server that knows only the draft would refuse the extension ``follow``."""
     logs = {"job_uuid": "j", "log_lines": ["x"]}
-    async with ScriptedServer(sent_whole(json.dumps(logs).encode())) as server, AsyncClient(server.url) as client:
+    async with served(sent_whole(json.dumps(logs).encode())) as (client, server):
         assert whole(await client.post_training.job_logs("j")).log_lines == ["x"]
     assert server.requests[0].query == {"job_uuid": "j"}
 
@@ -105,7 +120,7 @@ async def test_a_parameter_left_at_its_default_is_not_sent() -> None:
 async def test_following_a_log_is_a_stream_of_events() -> None:
     """Operation 21: the same path answers with a snapshot or, when asked, with what comes."""
     logs = {"job_uuid": "j", "log_lines": ["x"]}
-    async with ScriptedServer(pieces(event(logs), event(logs))) as server, AsyncClient(server.url) as client:
+    async with served(pieces(event(logs), event(logs))) as (client, server):
         found = [part.log_lines async for part in chunks(await client.post_training.job_logs("j", follow=True))]
     assert found == [["x"], ["x"]]
     assert server.requests[0].query == {"job_uuid": "j", "follow": "true"}
@@ -114,7 +129,7 @@ async def test_following_a_log_is_a_stream_of_events() -> None:
 
 async def test_arguments_that_the_contract_refuses_are_not_sent() -> None:
     """The caller gets the same error as from the server, with every fault, and the server gets nothing."""
-    async with ScriptedServer(sent_whole(b"", None)) as server, AsyncClient(server.url) as client:
+    async with served(sent_whole(b"", None)) as (client, server):
         with pytest.raises(InvalidRequestError) as caught:
             await client.memory_banks.create("", "n\x00", [])
     assert [fault.pointer for fault in caught.value.faults] == ["?bank_uuid", "?bank_name"]
@@ -123,7 +138,7 @@ async def test_arguments_that_the_contract_refuses_are_not_sent() -> None:
 
 async def test_connections_are_used_again() -> None:
     """A connection a request would cost more than the request."""
-    async with ScriptedServer(sent_whole(json.dumps(REPLY).encode())) as server, AsyncClient(server.url) as client:
+    async with served(sent_whole(json.dumps(REPLY).encode())) as (client, server):
         for _ in range(3):
             await client.inference.chat_completion(chat())
     assert (len(server.requests), server.connections) == (3, 1)
@@ -146,9 +161,8 @@ async def test_a_proxy_in_the_environment_is_ignored_unless_asked_for(monkeypatc
 
 async def test_a_key_goes_into_the_authorization_header() -> None:
     """Bearer, as the error contract's 401 asks for."""
-    async with ScriptedServer(sent_whole(json.dumps(REPLY).encode())) as server:
-        async with AsyncClient(server.url + "/", api_key="k") as client:
-            await client.inference.chat_completion(chat())
+    async with served(sent_whole(json.dumps(REPLY).encode()), api_key="k") as (client, server):
+        await client.inference.chat_completion(chat())
     assert server.requests[0].headers["authorization"] == "Bearer k"
 
 
@@ -166,44 +180,39 @@ async def test_an_address_that_is_none_is_refused_at_once(url: str) -> None:
 async def test_lines_are_items_as_they_arrive() -> None:
     """The first item is here while the server still works on the second."""
     lines = [json.dumps({"uuid": "b", "name": "Ä"}).encode() + b"\n"]
-    async with ScriptedServer(then_silence(lines[0], media_type="application/jsonl")) as server:
-        async with AsyncClient(server.url) as client:
-            banks = await client.memory_banks.list_banks()
-            assert (await anext(banks)).name == "Ä"
+    async with served(then_silence(lines[0], media_type="application/jsonl")) as (client, server):
+        banks = await client.memory_banks.list_banks()
+        assert (await anext(banks)).name == "Ä"
     assert server.requests[0].headers["accept"] == "application/jsonl"
 
 
 async def test_lines_may_be_strings_and_none_at_all() -> None:
     """Operation 17 answers with quoted JSON strings; an empty list is an empty body (spec rule G6)."""
-    async with ScriptedServer(pieces(b'"a"\n"b', b'"\n', media_type="application/jsonl")) as server:
-        async with AsyncClient(server.url) as client:
-            assert [u async for u in await client.memory_banks.delete_documents("b", ["a", "b"])] == ["a", "b"]
-    async with ScriptedServer(sent_whole(b"", "application/jsonl")) as server, AsyncClient(server.url) as client:
+    async with served(pieces(b'"a"\n"b', b'"\n', media_type="application/jsonl")) as (client, _):
+        assert [u async for u in await client.memory_banks.delete_documents("b", ["a", "b"])] == ["a", "b"]
+    async with served(sent_whole(b"", "application/jsonl")) as (client, _):
         assert [u async for u in await client.memory_banks.delete_documents("b", [])] == []
 
 
 async def test_a_batch_that_breaks_off_is_an_error() -> None:
     """Operation 9: a late failure aborts the connection, for a list has no place for an error."""
     line = json.dumps({"content": "x"}).encode() + b"\n"
-    async with ScriptedServer(pieces(line, media_type="application/jsonl", ends=False)) as server:
-        async with AsyncClient(server.url) as client:
-            request = BatchCompletionRequest(model="m", content_batch=["a", "b"])
-            found: list[CompletionResponse] = []
-            with pytest.raises(UpstreamError, match="broke during POST /inference/batch_completion"):
-                async for item in await client.inference.batch_completion(request):
-                    found.append(item)
-    assert [item.content for item in found] == ["x"]
+    async with served(pieces(line, media_type="application/jsonl", ends=False)) as (client, _):
+        request = BatchCompletionRequest(model="m", content_batch=["a", "b"])
+        items = await client.inference.batch_completion(request)
+        assert (await anext(items)).content == "x"
+        with pytest.raises(UpstreamError, match="broke during POST /inference/batch_completion"):
+            await anext(items)
 
 
 async def test_a_problem_as_the_last_line_is_that_error() -> None:
     """The error contract: after the first byte, JSON lines end with one error object."""
     body = json.dumps({"uuid": "b", "name": "n"}).encode() + b"\n" + json.dumps(problem("overloaded", 503)).encode()
-    async with ScriptedServer(pieces(body, media_type="application/jsonl")) as server:
-        async with AsyncClient(server.url) as client:
-            banks = await client.memory_banks.list_banks()
+    async with served(pieces(body, media_type="application/jsonl")) as (client, _):
+        banks = await client.memory_banks.list_banks()
+        await anext(banks)
+        with pytest.raises(OverloadedError) as caught:
             await anext(banks)
-            with pytest.raises(OverloadedError) as caught:
-                await anext(banks)
     assert caught.value.request_id == "r-1"
 
 
@@ -212,11 +221,10 @@ async def test_a_problem_as_the_last_line_is_that_error() -> None:
 
 async def test_a_stream_gives_its_chunks() -> None:
     """In order, as the contract's type, and then it ends."""
-    async with ScriptedServer(pieces(event(CHUNK), event(CHUNK), event(LAST))) as server:
-        async with AsyncClient(server.url) as client:
-            stream = await streamed(client)
-            assert_type(stream, Stream[ChatCompletionResponseStreamChunk])
-            found = [chunk.text_delta async for chunk in stream]
+    async with served(pieces(event(CHUNK), event(CHUNK), event(LAST))) as (client, server):
+        stream = await streamed(client)
+        assert_type(stream, Stream[ChatCompletionResponseStreamChunk])
+        found = [chunk.text_delta async for chunk in stream]
     assert found == ["a", "a", ""]
     assert server.requests[0].headers["accept"] == "text/event-stream"
 
@@ -224,7 +232,7 @@ async def test_a_stream_gives_its_chunks() -> None:
 async def test_an_error_event_is_raised_as_what_the_provider_raised() -> None:
     """The status was spent with the first byte; the event carries the rest (RELIABILITY, section 4)."""
     late = event(problem("engine_restarted", 503, "again"), "error")
-    async with ScriptedServer(pieces(event(CHUNK), late)) as server, AsyncClient(server.url) as client:
+    async with served(pieces(event(CHUNK), late)) as (client, _):
         stream = await streamed(client)
         await anext(stream)
         with pytest.raises(StackError, match="again") as caught:
@@ -245,7 +253,7 @@ async def test_an_error_event_is_raised_as_what_the_provider_raised() -> None:
 )
 async def test_a_stream_that_does_not_reach_its_end_is_an_error(parts: list[bytes], ends: bool, message: str) -> None:
     """Half an answer must never look like a whole one."""
-    async with ScriptedServer(pieces(*parts, ends=ends)) as server, AsyncClient(server.url) as client:
+    async with served(pieces(*parts, ends=ends)) as (client, _):
         stream = await streamed(client)
         with pytest.raises(UpstreamError, match=message):
             async for _ in stream:
@@ -254,7 +262,7 @@ async def test_a_stream_that_does_not_reach_its_end_is_an_error(parts: list[byte
 
 async def test_closing_a_stream_closes_its_connection() -> None:
     """That is how the server learns that nobody reads on, and stops the work."""
-    async with ScriptedServer(then_silence(event(CHUNK))) as server, AsyncClient(server.url) as client:
+    async with served(then_silence(event(CHUNK))) as (client, server):
         async with await streamed(client) as stream:
             await anext(stream)
         await asyncio.wait_for(server.hung_up.wait(), 5)
@@ -265,7 +273,7 @@ async def test_closing_a_stream_closes_its_connection() -> None:
 @pytest.mark.parametrize("is_begun", [True, False])
 async def test_dropping_a_stream_closes_its_connection(is_begun: bool) -> None:
     """A caller that leaves its loop by ``break`` closes nothing itself."""
-    async with ScriptedServer(then_silence(event(CHUNK))) as server, AsyncClient(server.url) as client:
+    async with served(then_silence(event(CHUNK))) as (client, server):
         stream = await streamed(client)
         if is_begun:
             await anext(stream)
@@ -280,7 +288,7 @@ async def test_cancelling_a_plain_call_closes_its_connection() -> None:
     async def never(request: Received, writer: asyncio.StreamWriter) -> None:
         await asyncio.Event().wait()
 
-    async with ScriptedServer(never) as server, AsyncClient(server.url) as client:
+    async with served(never) as (client, server):
         call = asyncio.create_task(client.inference.chat_completion(chat()))
         while not server.requests:
             await asyncio.sleep(0.001)
@@ -292,10 +300,10 @@ async def test_cancelling_a_plain_call_closes_its_connection() -> None:
 
 async def test_whole_and_chunks_say_when_the_reply_is_the_other_kind() -> None:
     """A request that asked for the wrong one is a mistake of the program, found where it is made."""
-    async with ScriptedServer(sent_whole(json.dumps(REPLY).encode())) as server, AsyncClient(server.url) as client:
+    async with served(sent_whole(json.dumps(REPLY).encode())) as (client, _):
         with pytest.raises(TypeError, match="stream=True"):
             chunks(await client.inference.chat_completion(chat()))
-    async with ScriptedServer(pieces(event(LAST))) as server, AsyncClient(server.url) as client:
+    async with served(pieces(event(LAST))) as (client, _):
         with pytest.raises(TypeError, match="stream=False"):
             whole(await client.inference.chat_completion(chat(stream=True)))
 
@@ -315,9 +323,9 @@ def _codes() -> list[tuple[str, type[StackError]]]:
 
 @pytest.mark.parametrize(("code", "kind"), _codes())
 async def test_every_error_comes_back_as_its_own_class(code: str, kind: type[StackError]) -> None:
-    """A client catches what the provider raised; only a missing route becomes 501, for it was made from the contract."""
+    """A client catches what the provider raised; only a missing route becomes 501: it was made from the contract."""
     answer = problem_answer(code, kind.status, detail="the detail", param="model", existing_matches=False)
-    async with ScriptedServer(answer) as server, AsyncClient(server.url) as client:
+    async with served(answer) as (client, _):
         with pytest.raises(StackError) as caught:
             await client.inference.chat_completion(chat())
     error = caught.value
@@ -332,27 +340,25 @@ async def test_every_error_comes_back_as_its_own_class(code: str, kind: type[Sta
 async def test_the_faults_of_a_request_come_back_one_by_one() -> None:
     """Each names its place, as the server named it."""
     errors = [{"pointer": "/max_tokens", "code": "too_large", "detail": "too large", "limit": 8192}]
-    async with ScriptedServer(problem_answer("validation", 422, errors=errors)) as server:
-        async with AsyncClient(server.url) as client:
-            with pytest.raises(InvalidRequestError) as caught:
-                await client.inference.chat_completion(chat())
+    async with served(problem_answer("validation", 422, errors=errors)) as (client, _):
+        with pytest.raises(InvalidRequestError) as caught:
+            await client.inference.chat_completion(chat())
     [fault] = caught.value.faults
     assert (fault.pointer, fault.code, fault.limit) == ("/max_tokens", "too_large", 8192)
 
 
 async def test_a_code_that_we_do_not_know_keeps_its_status() -> None:
     """A newer server, or a plugin's own error: nothing of it is lost."""
-    async with ScriptedServer(problem_answer("brand_new", 418, detail="tea")) as server:
-        async with AsyncClient(server.url) as client:
-            with pytest.raises(StackError) as caught:
-                await client.inference.chat_completion(chat())
+    async with served(problem_answer("brand_new", 418, detail="tea")) as (client, _):
+        with pytest.raises(StackError) as caught:
+            await client.inference.chat_completion(chat())
     assert (caught.value.code, caught.value.status, caught.value.detail) == ("brand_new", 418, "tea")
 
 
 @pytest.mark.parametrize(("streams", "shape"), [(False, "whole"), (True, "stream")])
 async def test_a_refusal_is_raised_by_the_call_itself(streams: bool, shape: str) -> None:
     """Streamed or whole: an error before the first byte is met before the first item."""
-    async with ScriptedServer(problem_answer("model_not_found", 404)) as server, AsyncClient(server.url) as client:
+    async with served(problem_answer("model_not_found", 404)) as (client, _):
         with pytest.raises(ModelNotFoundError):
             await client.inference.chat_completion(chat(stream=streams))
         with pytest.raises(ModelNotFoundError):
@@ -377,7 +383,7 @@ async def test_an_answer_that_no_stack_would_give_is_an_upstream_error(
     answer: Answer, kind: type[StackError], message: str
 ) -> None:
     """A proxy, another service, a captive portal: said as it is, and bounded."""
-    async with ScriptedServer(answer) as server, AsyncClient(server.url, max_reply_bytes=1000) as client:
+    async with served(answer, max_reply_bytes=1000) as (client, _):
         with pytest.raises(kind, match=message):
             await client.inference.chat_completion(chat())
 
@@ -441,12 +447,7 @@ async def test_every_contract_has_its_implementation(contract: type[Api]) -> Non
 async def test_a_third_party_contract_works_as_ours_do() -> None:
     """No list of APIs stands anywhere in the client."""
 
-    class Weather(Api, name="weather"):
-        @post("/weather/in")
-        async def weather(self, city: str, days: int = 1) -> str:
-            raise NotImplementedError
-
-    async with ScriptedServer(sent_whole(b'"rain"')) as server, AsyncClient(server.url) as client:
+    async with served(sent_whole(b'"rain"')) as (client, server):
         assert await client.api(Weather).weather("Bern", days=2) == "rain"
     assert server.requests[0].query == {"city": "Bern", "days": "2"}
 
@@ -455,7 +456,7 @@ async def test_models_come_from_the_catalogue() -> None:
     """``models`` is no operation, but the catalogue answers it, each API for its own kinds."""
     models = [{"model": "a", "kind": "llm", "metadata": {}}, {"model": "r", "kind": "reward", "metadata": {}}]
     body = "".join(json.dumps(model) + "\n" for model in models).encode()
-    async with ScriptedServer(sent_whole(body, "application/jsonl")) as server, AsyncClient(server.url) as client:
+    async with served(sent_whole(body, "application/jsonl")) as (client, server):
         assert [model.model for model in await client.inference.models()] == ["a"]
         assert [model.model for model in await client.reward_scoring.models()] == ["r"]
         assert await client.inference.owns("a")
@@ -489,29 +490,11 @@ class Here:
 async def test_a_client_over_a_stack_hands_out_the_stacks_own_objects() -> None:
     """No HTTP, no copy, no second meaning."""
 
-    class Banks(MemoryBanks):
-        async def create(self, bank_uuid: str, bank_name: str, documents: list[MemoryBankDocument]) -> None: ...
-        async def list_banks(self) -> AsyncIterator[Any]: ...
-        async def drop(self, bank_uuid: str) -> str:
-            return bank_uuid
+    class Local(Weather):
+        async def weather(self, city: str, days: int = 1) -> str:
+            return city
 
-        async def insert(self, bank_uuid: str, documents: list[MemoryBankDocument]) -> None: ...
-        async def update(self, bank_uuid: str, documents: list[MemoryBankDocument]) -> None: ...
-        async def get_documents(self, bank_uuid: str, document_uuids: list[str]) -> AsyncIterator[Any]: ...
-        async def delete_documents(self, bank_uuid: str, document_uuids: list[str]) -> AsyncIterator[str]: ...
-
-    banks = Banks()
-    async with AsyncClient.over(Here(banks)) as client:
-        assert client.memory_banks is banks
-        assert await client.memory_banks.drop("b") == "b"
-
-
-async def test_types_of_the_contract_reach_the_caller() -> None:
-    """A type checker reads these lines: what comes back is what the contract says."""
-
-    async def read(client: AsyncClient, request: CompletionRequest) -> None:
-        assert_type(client.inference, Inference)
-        assert_type(client.api(Safety), Safety)
-        assert_type(whole(await client.inference.completion(request)), CompletionResponse)
-
-    assert read is not None
+    local = Local()
+    async with AsyncClient.over(Here(local)) as client:
+        assert client.api(Weather) is local
+        assert await client.api(Weather).weather("Bern") == "Bern"
