@@ -303,10 +303,14 @@ class ContextLengthError(InvalidRequestError):
     code = "context_length_exceeded"
     title = "Prompt too long"
 
-    def __init__(self, prompt_tokens: int, context_tokens: int) -> None:
-        super().__init__(
+    def __init__(self, prompt_tokens: int, context_tokens: int, *, pointer: str | None = None) -> None:
+        detail = (
             f"the prompt has {prompt_tokens} tokens and the context holds {context_tokens}, one of them for the "
-            f"answer; shorten the prompt by at least {prompt_tokens + 1 - context_tokens}",
+            f"answer; shorten the prompt by at least {prompt_tokens + 1 - context_tokens}"
+        )
+        super().__init__(
+            detail,
+            faults=() if pointer is None else [FieldFault(pointer, self.code, detail, context_tokens)],
             extra={"prompt_tokens": prompt_tokens, "context_tokens": context_tokens},
         )
 

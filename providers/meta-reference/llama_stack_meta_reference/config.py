@@ -1,0 +1,81 @@
+"""What a distribution says about the models that this plugin serves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints, ValidationInfo, field_validator
+
+from llama_stack.apis.common import Id
+from llama_stack.apis.config import Config
+from llama_stack.errors import listed, nearest
+
+BUILTIN = "builtin:"
+BUILTIN_CHECKPOINTS = ("tiny",)
+"""The checkpoints that ship with this package."""
+
+
+class ModelConfig(Config):
+    """One checkpoint, where it runs and how many requests it serves at a time."""
+
+    checkpoint: Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00]+$")]
+    """A model folder of Meta's or Hugging Face's layout, or ``builtin:tiny``. A relative path starts at the working
+    directory of the server; ``~`` is the home folder."""
+    device: Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda|cuda:[0-9]{1,2})$")] = "auto"
+    """``cpu``, ``cuda``, ``cuda:N``, or ``auto``: a GPU where there is one, else the CPU. A GPU that is asked for and
+    is not there is an error."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """The type of weights and cache; ``auto`` is bfloat16 on a GPU that has it and float32 on a CPU."""
+    context_tokens: int | None = Field(default=None, ge=2)
+    """The most tokens that prompt and answer may have together; by default the model's own limit, or as many as fit
+    the memory beside the weights."""
+    max_sequences: int = Field(default=8, ge=1, le=1024)
+    """How many sequences are generated at a time; each has cache for a whole context."""
+    queue_size: int = Field(default=256, ge=1, le=100_000)
+    """How many requests may wait for a place; one more is refused with 503."""
+    prefill_tokens: int = Field(default=512, ge=1, le=65_536)
+    """How many prompt tokens are read in one step; between two steps every running answer gains a token."""
+
+    @field_validator("checkpoint")
+    @classmethod
+    def _check_builtin(cls, value: str) -> str:
+        name = value.removeprefix(BUILTIN)
+        if value.startswith(BUILTIN) and name not in BUILTIN_CHECKPOINTS:
+            raise ValueError(
+                f"no checkpoint {name!r} ships with this package{nearest(name, BUILTIN_CHECKPOINTS)}; "
+                f"shipped: {listed(BUILTIN_CHECKPOINTS)}"
+            )
+        return value
+
+    @property
+    def folder(self) -> Path:
+        """The folder that ``checkpoint`` names."""
+        if self.checkpoint.startswith(BUILTIN):
+            return Path(__file__).parent / "checkpoints" / self.checkpoint.removeprefix(BUILTIN)
+        return Path(self.checkpoint).expanduser()
+
+
+class MetaReferenceConfig(Config):
+    """The models that this provider serves, and other names for them."""
+
+    models: dict[Id, ModelConfig] = Field(min_length=1)
+    """Each model by the name that requests use."""
+    aliases: dict[Id, Id] = Field(default_factory=dict)
+    """Further names, each for one of the models, such as the draft's ``llama3_8b_chat``."""
+
+    @field_validator("aliases")
+    @classmethod
+    def _check_aliases(cls, aliases: dict[str, str], info: ValidationInfo) -> dict[str, str]:
+        models = info.data.get("models")
+        if models is None:  # refused already
+            return aliases
+        for alias, model in aliases.items():
+            if alias in models:
+                raise ValueError(f"the alias {alias!r} is the name of a model; remove it, or rename the model")
+            if model not in models:
+                raise ValueError(
+                    f"the alias {alias!r} stands for {model!r}, which is none of the models{nearest(model, models)}; "
+                    f"models: {listed(models)}"
+                )
+        return aliases

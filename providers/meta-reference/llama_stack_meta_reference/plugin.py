@@ -1,0 +1,40 @@
+"""Declares the providers of this plugin; torch is imported when a distribution names one of them, and not before."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from importlib import import_module
+
+from llama_stack.apis import Inference
+from llama_stack.plugins import ProviderSpec, hookimpl
+
+from .config import MetaReferenceConfig
+
+llama_stack_api_version = ">=1.0,<2"
+
+
+@asynccontextmanager
+async def start_inference(config: MetaReferenceConfig) -> AsyncIterator[Inference]:
+    """Load the models and yield the provider that serves them; on leaving, their threads are gone and memory is free.
+
+    Raises ``CheckpointError`` for a folder that is no model, ``SetupError`` for a device that is not there and for a
+    context that does not fit the memory.
+    """
+    # In a thread: importing torch takes seconds, and the event loop has other APIs to answer for.
+    provider_module = await asyncio.to_thread(import_module, ".inference.provider", __package__)
+    async with provider_module.serve(config) as provider:
+        yield provider
+
+
+@hookimpl
+def llama_stack_providers() -> Iterable[ProviderSpec]:
+    """Declare Llama inference in torch."""
+    yield ProviderSpec(
+        api=Inference,
+        name="meta-reference",
+        config=MetaReferenceConfig,
+        start=start_inference,
+        description="Llama 3, 3.1, 3.2 and 3.3 in torch, from Meta or Hugging Face checkpoints, on CPU or GPU",
+    )
