@@ -138,6 +138,16 @@ async def start_dice() -> AsyncIterator[object]:
     yield object()
 
 
+@asynccontextmanager
+async def start_plain(config: WordsConfig) -> AsyncIterator[object]:
+    yield object()
+
+
+@asynccontextmanager
+async def start_talk(inference: Inference) -> AsyncIterator[object]:
+    yield object()
+
+
 @hookimpl
 def llama_stack_apis() -> list[ApiSpec]:
     return [ApiSpec(api=Translation)]
@@ -163,7 +173,11 @@ def llama_stack_tools() -> list[ToolSpec]:
 
 @hookimpl
 def llama_stack_faces() -> list[FaceSpec]:
-    return [FaceSpec(name="plain", start=start_dice, config=WordsConfig)]
+    return [
+        FaceSpec(name="plain", start=start_plain, config=WordsConfig),
+        FaceSpec(name="talk", start=start_talk),
+        FaceSpec(name="odd-face", start=start_odd),
+    ]
 
 
 @hookimpl

@@ -319,7 +319,7 @@ def test_no_message_shows_what_a_variable_holds(tmp_path: Path, registry: Regist
         + "        aliases: ${env.SECRET}\n        weights: { kind: '${env.SECRET}', path: x }\n"
         + "    - provider: ${env.SECRET}\n      id: x${env.SECRET}!\n    - provider: echo\n"
         + "server:\n  port: a${env.SECRET}\n  allowed_origins: ['${env.SECRET}']\nstorage:\n  url: ${env.SECRET}\n"
-        + "faces:\n  - face: ${env.SECRET}\nplugins: { allow: ['${env.SECRET}'], deny: ['${env.SECRET}'] }\n"
+        + "faces:\n  - face: ${env.SECRET}\nplugins: { allow: ['${env.SECRET}'] }\n"
     )
     faults = check_distribution(write(tmp_path, text), environ={"SECRET": secret}, registry=registry)
     assert len(faults) >= 13
@@ -421,6 +421,14 @@ def test_plugins_that_are_denied_are_not_imported(tmp_path: Path, registry: Regi
     [fault] = check_distribution(path, environ={}, registry=registry)
     assert "crashes" in fault.remedy
     assert "banned" not in fault.remedy
+
+
+def test_nothing_is_imported_while_the_filter_is_faulty(tmp_path: Path, registry: Registry) -> None:
+    """A misspelt ``deny`` must not import what was to be denied, not even for the sake of more faults."""
+    path = write(tmp_path, "version: 1\nname: a\nplugins: { dney: [x] }\nproviders:\n  safety:\n  - provider: banned\n")
+    [fault] = check_distribution(path, environ={}, registry=registry)
+    assert (fault.key_path, fault.remedy) == ("plugins.dney", "did you mean 'deny'?")
+    assert registry.faults == []
 
 
 def test_only_plugins_that_are_allowed_are_imported(tmp_path: Path, registry: Registry) -> None:

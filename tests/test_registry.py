@@ -56,7 +56,7 @@ def test_lists_hold_everything_once(registry: Registry) -> None:
     assert [found.spec.api for found in registry.apis()] == [*APIS, sample_plugin.Translation]
     assert ("safety", "words") in [(found.spec.api.name, found.spec.name) for found in registry.providers()]
     assert [found.spec.name for found in registry.tools()] == ["dice"]
-    assert [found.spec.name for found in registry.faces()] == ["plain"]
+    assert [found.spec.name for found in registry.faces()] == ["odd-face", "plain", "talk"]
     assert [found.spec.name for found in registry.commands()] == ["echo"]
     assert [found.spec.name for found in registry.middlewares()] == ["audit"]
 
@@ -69,7 +69,7 @@ def test_lists_hold_everything_once(registry: Registry) -> None:
         (lambda r: r.provider(Safety, "zzz"), "the provider 'zzz' of 'safety'", "installed: careful, words"),
         (lambda r: r.provider(Safety, "echo"), "the provider 'echo' of 'safety'", "'echo' provides inference"),
         (lambda r: r.tool("dices"), "the tool 'dices'", "did you mean 'dice'?"),
-        (lambda r: r.face("zzz"), "the face 'zzz'", "installed: plain"),
+        (lambda r: r.face("zzz"), "the face 'zzz'", "installed: odd-face, plain, talk"),
         (lambda r: r.command("ecko"), "the command 'ecko'", "did you mean 'echo'?"),
         (lambda r: r.middleware("zzz"), "the middleware 'zzz'", "installed: audit"),
     ],

@@ -15,8 +15,8 @@ from ..apis.config import Config
 from ..apis.contract import Api
 from ..apis.models import Models
 from ..errors import DistributionError, DuplicateProviderError, NotInstalledError, listed
-from ..plugins import ProviderSpec
-from ..registry import NeedKind, Registry, declaration_problems, needs
+from ..plugins import FaceSpec, ProviderSpec
+from ..registry import Installed, NeedKind, Registry, declaration_problems, needs
 from . import nodes
 from .faults import Fault, Mark, Path, in_order, key_path
 from .models import Distribution, PluginFilter
@@ -71,9 +71,10 @@ def _checked(
     faults = list(source.faults)
     distribution = validate(Distribution, source.root, (), source.hidden, faults)
     check = _Check(source, registry, faults)
-    check.admit(source.root)
-    check.providers(source.root)
-    check.parts(source.root)
+    if check.admits(source.root):  # nothing is imported while it is not clear what may be
+        check.providers(source.root)
+        check.faces(source.root)
+        check.middleware(source.root)
     return distribution, in_order(faults, source.files)
 
 
@@ -82,77 +83,101 @@ class _Check:
 
     def __init__(self, source: Source, registry: Registry, faults: list[Fault]) -> None:
         self.source, self.registry, self.faults = source, registry, faults
+        self.served: set[type[Api]] = {Models}  # the stack itself provides the catalogue of models
+        self.serves_unknown = False
+        """Whether an API could not be made out; it may be the one that somebody needs."""
 
-    def admit(self, root: nodes.Mapping) -> None:
-        node = root.entries.get("plugins")
-        if isinstance(node, nodes.Mapping):
-            found = validate(PluginFilter, node, ("plugins",), self.source.hidden, [])  # its faults are known already
-            if found is not None:
-                self.registry.admit(found.admits)
+    def admits(self, root: nodes.Mapping) -> bool:
+        """Narrow the registry to what the distribution admits, or return false when that cannot be read."""
+        if "plugins" not in root.entries:
+            return True
+        node = root.entries["plugins"]
+        # what is wrong with it has been reported with the other keys
+        found = validate(PluginFilter, node, (), self.source.hidden, []) if isinstance(node, nodes.Mapping) else None
+        if found is not None:
+            self.registry.admit(found.admits)
+        return found is not None
 
     def providers(self, root: nodes.Mapping) -> None:
         entries: list[_Entry] = []
-        is_whole = True
         apis = root.entries.get("providers")
         if not isinstance(apis, nodes.Mapping):
+            self.serves_unknown = "providers" in root.entries
             return
-        served: set[type[Api]] = {Models}  # the stack itself provides the catalogue of models
         for name, node in apis.entries.items():
             path: Path = ("providers", name)
             try:
                 api = self.registry.api(name)
             except (NotInstalledError, DuplicateProviderError) as error:
                 self._refuse(apis.marks.get(name, node.mark), path, error)
-                is_whole = False
+                self.serves_unknown = True
                 continue
-            items = node.items if isinstance(node, Sequence) else []
-            served |= {api} if items else set()
-            for index, item in enumerate(items):
-                entry = self._provider(api, item, (*path, index))
-                is_whole = is_whole and entry is not None
-                entries += [entry] if entry else []
+            items = _items(node)
+            self.served |= {api} if items else set()
+            found = [self._provider(api, item, (*path, index)) for index, item in enumerate(items)]
+            entries += [entry for entry in found if entry is not None]
         self._distinct(entries)
-        self._needs(entries, served if is_whole else None)
+        for entry in entries:
+            self._needs(entry.spec, f"provider {entry.spec.name!r}", entry.mark, entry.path)
         self._cycles(entries)
 
-    def parts(self, root: nodes.Mapping) -> None:
-        """Faces and middlewares."""
-        finders = (("faces", "face", self.registry.face), ("middleware", "middleware", self.registry.middleware))
-        for section, key, find in finders:
-            node = root.entries.get(section)
-            for index, item in enumerate(node.items if isinstance(node, Sequence) else []):
-                name = item.entries.get(key) if isinstance(item, nodes.Mapping) else None
-                if isinstance(item, nodes.Mapping) and isinstance(name, Scalar) and isinstance(name.value, str):
-                    path: Path = (section, index)
-                    try:
-                        spec = find(name.value).spec
-                    except (NotInstalledError, DuplicateProviderError) as error:
-                        self._refuse(name, (*path, key), error)
-                        continue
-                    self._config(spec.config, item, path)
+    def faces(self, root: nodes.Mapping) -> None:
+        first: dict[str, Mark] = {}
+        for index, item in enumerate(_items(root.entries.get("faces"))):
+            name = _text_of(item, "face")
+            if name is None or not isinstance(item, nodes.Mapping):
+                continue
+            path: Path = ("faces", index)
+            try:
+                installed = self.registry.face(str(name.value))
+            except (NotInstalledError, DuplicateProviderError) as error:
+                self._refuse(name, (*path, "face"), error)
+                continue
+            spec = installed.spec
+            self._config(spec.config, item, path)
+            if first.setdefault(spec.name, name.mark) is not name.mark:
+                what = f"the face {spec.name!r} is on line {first[spec.name].line} already"
+                self._fault(name.mark, (*path, "face"), what, "keep one of the two")
+            if self._is_sound(installed, f"face {spec.name!r}", name.mark, (*path, "face")):
+                self._needs(spec, f"face {spec.name!r}", name.mark, path)
+
+    def middleware(self, root: nodes.Mapping) -> None:
+        for index, item in enumerate(_items(root.entries.get("middleware"))):
+            name = _text_of(item, "middleware")
+            if name is not None and isinstance(item, nodes.Mapping):
+                path: Path = ("middleware", index)
+                try:
+                    self._config(self.registry.middleware(str(name.value)).spec.config, item, path)
+                except (NotInstalledError, DuplicateProviderError) as error:
+                    self._refuse(name, (*path, "middleware"), error)
 
     def _provider(self, api: type[Api], item: Node, path: Path) -> _Entry | None:
-        name = item.entries.get("provider") if isinstance(item, nodes.Mapping) else None
-        if not isinstance(item, nodes.Mapping) or not isinstance(name, Scalar) or not isinstance(name.value, str):
+        name = _text_of(item, "provider")
+        if name is None or not isinstance(item, nodes.Mapping):
             return None
         try:
-            installed = self.registry.provider(api, name.value)
+            installed = self.registry.provider(api, str(name.value))
         except (NotInstalledError, DuplicateProviderError) as error:
             self._refuse(name, (*path, "provider"), error)
             return None
         spec = installed.spec
         self._config(spec.config, item, path)
-        problems = declaration_problems(spec)
-        for problem in problems:
-            what = f"provider {spec.name!r} of {installed.plugin.label} is not made as its API asks: {problem}"
-            self._fault(name.mark, (*path, "provider"), what, "report it to the authors of the plugin")
-        if problems:
+        if not self._is_sound(installed, f"provider {spec.name!r}", name.mark, (*path, "provider")):
             return None
-        given = item.entries.get("id")
-        if isinstance(given, Scalar) and isinstance(given.value, str):
-            shown_id = f"${{env.{given.variables[0]}}}" if given.variables else given.value
-            return _Entry(api, given.value, spec, given.mark, path, shown_id)
-        return _Entry(api, spec.name, spec, name.mark, path, spec.name)
+        given = _text_of(item, "id")
+        if given is None:
+            return _Entry(api, spec.name, spec, name.mark, path, spec.name)
+        shown_id = f"${{env.{given.variables[0]}}}" if given.variables else str(given.value)
+        return _Entry(api, str(given.value), spec, given.mark, path, shown_id)
+
+    def _is_sound(
+        self, installed: Installed[ProviderSpec] | Installed[FaceSpec], who: str, mark: Mark, path: Path
+    ) -> bool:
+        problems = declaration_problems(installed.spec)
+        for problem in problems:
+            what = f"{who} of {installed.plugin.label} is not made as it should be: {problem}"
+            self._fault(mark, path, what, f"report it to the authors of {installed.plugin.package}")
+        return not problems
 
     def _config(self, model: type[Config], item: nodes.Mapping, path: Path) -> None:
         node = item.entries.get("config", nodes.Mapping(item.mark))
@@ -169,19 +194,14 @@ class _Check:
                 what = f"the id {entry.shown_id!r} is taken by {key_path(other.path)} on line {other.mark.line}"
                 self._fault(entry.mark, (*entry.path, "id"), what, "give this provider another 'id:'")
 
-    def _needs(self, entries: list[_Entry], served: set[type[Api]] | None) -> None:
-        """What is needed and not served; unknown while the list of served APIs has faults of its own."""
-        if served is None:
+    def _needs(self, spec: ProviderSpec | FaceSpec, who: str, mark: Mark, path: Path) -> None:
+        if self.serves_unknown:
             return
-        for entry in entries:
-            for need in needs(entry.spec.start):
-                if need.kind is NeedKind.API and need.api and not need.is_optional and need.api not in served:
-                    api = need.api.name
-                    choices = listed(
-                        found.spec.name for found in self.registry.providers() if found.spec.api is need.api
-                    )
-                    what = f"provider {entry.spec.name!r} needs the API {api!r}, which has no provider here"
-                    self._fault(entry.mark, entry.path, what, f"add a provider of {api!r}; installed: {choices}")
+        for need in needs(spec.start):
+            if need.kind is NeedKind.API and need.api and not need.is_optional and need.api not in self.served:
+                installed = [found.spec.name for found in self.registry.providers() if found.spec.api is need.api]
+                what = f"{who} needs the API {need.api.name!r}, which has no provider here"
+                self._fault(mark, path, what, f"add a provider of {need.api.name!r}; installed: {listed(installed)}")
 
     def _cycles(self, entries: list[_Entry]) -> None:
         left = list(entries)
@@ -211,6 +231,16 @@ class _Check:
 
     def _fault(self, mark: Mark, path: Path, what: str, remedy: str) -> None:
         self.faults.append(Fault.at(mark, path, what, remedy))
+
+
+def _items(node: Node | None) -> list[Node]:
+    return node.items if isinstance(node, Sequence) else []
+
+
+def _text_of(item: Node, key: str) -> Scalar | None:
+    """The value of a key where it is text; what else it may be has been reported with the other keys."""
+    found = item.entries.get(key) if isinstance(item, nodes.Mapping) else None
+    return found if isinstance(found, Scalar) and isinstance(found.value, str) else None
 
 
 def _needed(entry: _Entry) -> Iterator[type[Api]]:
