@@ -22,12 +22,13 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pluggy
 
+from .apis import APIS
 from .apis.common import Content, ToolDefinition
 from .apis.config import Config, NoConfig
 from .apis.contract import Api
@@ -169,8 +170,11 @@ class CommandSpec:
 
 
 @hookspec
-def llama_stack_providers() -> Iterable[ProviderSpec]:
+def llama_stack_providers(apis: Sequence[type[Api]]) -> Iterable[ProviderSpec]:
     """Declare the providers that this plugin can start.
+
+    ``apis`` are the contracts known so far, for a plugin that provides any API; leave the parameter out where nothing
+    depends on it. The hook is called again when a plugin that is imported later brings more contracts.
 
     Two packages that declare one API and name stop the start of a distribution that uses it, with
     ``DuplicateProviderError``, which names both.
@@ -309,8 +313,8 @@ def discover(extra: Sequence[object] = ()) -> list[Plugin]:
     ]
 
 
-def load(plugin: Plugin) -> tuple[Spec, ...]:
-    """Import a plugin and return what it declares.
+def load(plugin: Plugin, apis: Sequence[type[Api]] = APIS) -> tuple[Spec, ...]:
+    """Import a plugin and return what it declares, told that these are the contracts there are.
 
     Raises ``PluginLoadError`` for whatever is wrong with it, ``SystemExit`` at import included. Only an interrupt by
     the user passes.
@@ -330,7 +334,8 @@ def load(plugin: Plugin) -> tuple[Spec, ...]:
     for hook, record in _RECORDS.items():
         if not getattr(hooks.hook, hook).get_hookimpls():
             continue
-        for spec in _called(plugin, hook, getattr(hooks.hook, hook)):
+        arguments = {"apis": tuple(apis)} if hook == "llama_stack_providers" else {}
+        for spec in _called(plugin, hook, partial(getattr(hooks.hook, hook), **arguments)):
             if not isinstance(spec, record):
                 what = f"the hook {hook} declares {type(spec).__name__!r} where {record.__name__} belongs"
                 raise plugin.fault(what, f"yield {record.__name__} records from it")

@@ -183,7 +183,7 @@ class Registry:
         if plugin in self._loaded or plugin in self._faults:
             return
         try:
-            specs = load(plugin)
+            specs = load(plugin, self._contracts())
             self._check(plugin, specs)
         except PluginLoadError as fault:
             self._faults[plugin] = fault
@@ -191,6 +191,29 @@ class Registry:
         self._loaded[plugin] = specs
         for spec in specs:
             self._table.setdefault(_key(spec), []).append(Installed(spec, plugin))
+        if added := _apis_of(specs):
+            self._provide(added)
+
+    def _provide(self, added: list[type[Api]]) -> None:
+        """Ask the plugins that are loaded already whether they provide these contracts too."""
+        for plugin, known in list(self._loaded.items()):
+            keys = {_key(spec) for spec in known}
+            try:
+                declared = load(plugin, added)
+            except PluginLoadError as fault:
+                self._faults[plugin] = fault
+                continue
+            more = [
+                spec
+                for spec in declared
+                if isinstance(spec, ProviderSpec) and spec.api in added and _key(spec) not in keys
+            ]
+            self._loaded[plugin] = (*known, *more)
+            for spec in more:
+                self._table.setdefault(_key(spec), []).append(Installed(spec, plugin))
+
+    def _contracts(self) -> list[type[Api]]:
+        return [found[0].spec.api for key, found in self._table.items() if key[0] is ApiSpec]
 
     def _check(self, plugin: Plugin, specs: tuple[Spec, ...]) -> None:
         keys = [_key(spec) for spec in specs]
