@@ -1,0 +1,220 @@
+"""The documentation is tested: its links lead somewhere, its examples are valid requests, and what it says to run runs.
+
+A fenced block whose first line says ``runnable`` (as in ```` ```console runnable ````) is run against a real stack, the
+``tiny`` distribution as an operator starts it. In a console block a line that starts with ``$`` is a command, and the
+lines below it are what it prints, ``...`` standing for anything. Every other example is held to the contracts.
+"""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+
+from llama_stack.apis import APIS, Api, Operation, operations
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+ADDRESS = "http://127.0.0.1:8321"
+"""Where the documentation says that the server is."""
+START_SECONDS = 120
+OPERATIONS = {operation.key: operation for api in APIS for operation in operations(api)}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page."""
+
+    page: Path
+    line: int
+    language: str
+    is_runnable: bool
+    text: str
+
+    @property
+    def id(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+    @property
+    def commands(self) -> list[tuple[str, str]]:
+        """Each command of a console block, and what it should print."""
+        parts = re.split(r"^\$ ", self.text, flags=re.MULTILINE)[1:]
+        return [_command_and_output(part) for part in parts]
+
+
+def _command_and_output(part: str) -> tuple[str, str]:
+    """A command ends with the line that closes its quotes and is not continued."""
+    lines = part.splitlines(keepends=True)
+    for end in range(1, len(lines) + 1):
+        command = "".join(lines[:end])
+        try:
+            shlex.split(command)
+        except ValueError:
+            continue
+        if not command.endswith("\\\n"):
+            return command, "".join(lines[end:])
+    raise AssertionError(f"a command that does not end: {part}")
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    found = re.finditer(r"^```(\w+)([^\n]*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    for match in found:
+        line = match.string.count("\n", 0, match.start()) + 1
+        yield Block(page, line, match[1], "runnable" in match[2].split(), match[3])
+
+
+BLOCKS = [block for page in PAGES for block in blocks(page)]
+PYTHON = [block for block in BLOCKS if block.language == "python"]
+CURLS = [
+    pytest.param(command, id=f"{block.id}#{number}")
+    for block in BLOCKS
+    if block.language == "console" and block.page.parent.name == "apis"
+    for number, (command, _output) in enumerate(block.commands, 1)
+    if command.startswith("curl")
+]
+RUNNABLE = [pytest.param(block, id=block.id) for block in BLOCKS if block.is_runnable]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    """A reader who follows a link to nothing stops reading."""
+    prose = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if not re.match(r"[a-z]+:", target) and not target.startswith("#"):
+            assert (page.parent / target.partition("#")[0]).exists(), target
+
+
+@pytest.mark.parametrize("api", APIS, ids=lambda api: api.name)
+def test_every_operation_is_on_the_page_of_its_api(api: type[Api]) -> None:
+    """One page an API, and nothing that it has is missing there."""
+    page = (DOCS / "apis" / f"{api.name}.md").read_text(encoding="utf-8")
+    for operation in operations(api):
+        row = next((line for line in page.splitlines() if line.startswith(f"| `{operation.key}`")), None)
+        assert row is not None, operation.key
+        assert operation.is_extension == ("` (extension)" in row.split("|")[1].replace("`?follow=` (extension)", ""))
+        for name in operation.query:
+            assert f"?{name}=" in row
+        for schema in (operation.body and operation.body.annotation, operation.result, operation.chunk):
+            if isinstance(schema, type) and schema is not str:
+                assert schema.__name__ in row
+
+
+def test_every_api_is_in_the_table_of_apis() -> None:
+    """The page that one finds first leads to all others."""
+    table = (DOCS / "apis" / "README.md").read_text(encoding="utf-8")
+    assert {path.stem for path in (DOCS / "apis").glob("*.md")} - {"README"} == {api.name for api in APIS}
+    assert all(f"({api.name}.md)" in table for api in APIS)
+
+
+@pytest.mark.parametrize("command", CURLS)
+def test_a_request_of_the_documentation_is_valid(command: str) -> None:
+    """An example that is refused teaches the wrong thing; those that should be refused are run, not checked here."""
+    operation, query, body = read_curl(command)
+    if operation is None:
+        return
+    assert query.keys() <= operation.query.keys()
+    assert {name for name, parameter in operation.query.items() if parameter.is_required} <= query.keys()
+    assert (operation.body is None) == (body is None)
+    if operation.body is not None and body is not None and '"llama4"' not in body:
+        operation.body.adapter.validate_json(body)
+
+
+def read_curl(command: str) -> tuple[Operation | None, dict[str, list[str]], str | None]:
+    """The operation that a curl command calls (``None`` for a route of the server's own), its query and its body."""
+    words = shlex.split(command)
+    url = urlsplit(next(word for word in words if word.startswith("http")))
+    assert f"{url.scheme}://{url.netloc}" == ADDRESS
+    body = words[words.index("-d") + 1] if "-d" in words else None
+    method = words[words.index("-X") + 1] if "-X" in words else "POST" if body is not None else "GET"
+    operation = OPERATIONS.get(f"{method} {url.path}")
+    assert operation or url.path in ("/health/live", "/health/ready", "/openapi.json"), command
+    return operation, parse_qs(url.query), body
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=lambda block: block.id)
+def test_a_python_example_compiles_and_its_imports_exist(block: Block) -> None:
+    """Also the examples that need a provider which is not here."""
+    tree = ast.parse(block.text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("llama_stack"):
+            exec(compile(ast.Module([node], []), block.id, "exec"), {})
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server as the first page has it started: the tiny distribution, by name."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    home = tmp_path_factory.mktemp("home")
+    log = home / "server.log"
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            [sys.executable, "-c", "from llama_stack.cli import main; main()", "run", "tiny", "--port", str(port)],
+            cwd=ROOT,
+            env=os.environ | {"LLAMA_STACK_HOME": str(home), "OMP_NUM_THREADS": "1"},
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        wait_until_ready(server, f"http://127.0.0.1:{port}", log)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+def wait_until_ready(server: subprocess.Popen[bytes], address: str, log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        assert server.poll() is None, f"the server ended with {server.returncode}:\n{log.read_text()}"
+        try:
+            with urllib.request.urlopen(f"{address}/health/ready", timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.1)
+    raise AssertionError(f"not ready after {START_SECONDS} s:\n{log.read_text()}")
+
+
+@pytest.mark.parametrize("block", RUNNABLE)
+def test_what_the_documentation_says_to_run_runs(block: Block, address: str, tmp_path: Path) -> None:
+    """Each command exits 0 and prints what the page shows."""
+    if block.language == "python":
+        run([sys.executable, "-c", block.text.replace(ADDRESS, address)], tmp_path)
+        return
+    if shutil.which("curl") is None:
+        pytest.skip("there is no curl on this machine")
+    for command, expected in block.commands:
+        printed = run(["bash", "-euo", "pipefail", "-c", command.replace(ADDRESS, address)], tmp_path)
+        flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+        assert doctest.OutputChecker().check_output(expected, printed, flags), f"{command}\nprinted:\n{printed}"
+
+
+def run(command: list[str], folder: Path) -> str:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error", "NO_PROXY": "127.0.0.1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, f"{command[-1]}\nexited {done.returncode}:\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_there_are_examples_to_run() -> None:
+    """A page that lost its marks would silently lose its tests."""
+    assert len(RUNNABLE) >= 9
+    assert len(CURLS) >= 20
+    assert len(PYTHON) >= 12
