@@ -470,7 +470,20 @@ async def test_what_no_request_could_answer_is_said_to_be_so() -> None:
         with pytest.raises(NotProvidedError, match=r"Safety\.shields cannot be asked over HTTP"):
             await client.safety.shields()
         with pytest.raises(NotProvidedError):
-            await client.memory_banks.owns("b")
+            await client.safety.owns("llama_guard")
+
+
+async def test_what_a_server_holds_can_be_asked() -> None:
+    """``owns`` is no operation either; it lets a remote provider stand beside another one of its API."""
+    banks = json.dumps({"uuid": "b", "name": "n"}).encode()
+    async with served(sent_whole(banks, "application/jsonl")) as (client, _):
+        assert [await client.memory_banks.owns(bank) for bank in ("b", "c")] == [True, False]
+    dataset = json.dumps({"columns": {}, "content_url": "http://x/", "metadata": {}}).encode()
+    async with served(sent_whole(dataset)) as (client, _):
+        assert await client.datasets.owns("d")
+    async with served(problem_answer("not_found", 404)) as (client, _):
+        assert not await client.datasets.owns("d")
+        assert not await client.post_training.owns("j")
 
 
 # in this process
