@@ -8,10 +8,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import jsonschema  # type: ignore[import-untyped]
+import jsonschema
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llama_stack.distribution import (
@@ -217,6 +217,7 @@ def test_a_plain_word_that_readers_of_yaml_disagree_about_is_refused(word: str, 
     assert quoted.value == word
 
 
+@settings(deadline=None)
 @given(st.text(max_size=200))
 def test_no_text_makes_the_reader_fail(text: str) -> None:
     """Whatever the file holds is a tree or a fault, never an exception."""
@@ -224,11 +225,103 @@ def test_no_text_makes_the_reader_fail(text: str) -> None:
     assert root is not None or faults
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from("ab:-[]{}&*!#|>'\"%@`,? \n\t0"), max_size=60).map("".join))
 def test_no_arrangement_of_signs_makes_the_reader_fail(text: str) -> None:
     """The same, for texts that are nearly YAML."""
     root, faults = yaml_nodes.parse(text, "f.yaml")
     assert root is not None or faults
+
+
+KEYS = st.sampled_from(
+    [
+        "version",
+        "name",
+        "extends",
+        "providers",
+        "inference",
+        "safety",
+        "memory_banks",
+        "faces",
+        "face",
+        "middleware",
+        "plugins",
+        "allow",
+        "deny",
+        "storage",
+        "url",
+        "server",
+        "port",
+        "limits",
+        "provider",
+        "id",
+        "optional",
+        "config",
+        "greeting",
+        "times",
+        "weights",
+        "kind",
+        "path",
+        "words",
+        "api_key",
+        "zzz",
+    ]
+)
+WORDS = st.sampled_from(
+    [
+        "echo",
+        "words",
+        "careful",
+        "banks",
+        "plain",
+        "talk",
+        "audit",
+        "folder",
+        "${env.A}",
+        "${env.B}",
+        "${env.A:1}",
+        "${",
+        "tiny",
+        "twin",
+        "crashes",
+    ]
+)
+SCALARS = st.one_of(WORDS, st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=8))
+TREES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=6), max_leaves=20
+)
+ECHOES = st.fixed_dictionaries(
+    {"greeting": SCALARS},
+    optional={key: TREES for key in sample_plugin.EchoConfig.model_fields if key != "greeting"},
+)
+ENTRIES = st.lists(
+    st.fixed_dictionaries(
+        {"provider": WORDS}, optional={"id": SCALARS, "optional": SCALARS, "config": TREES | ECHOES, "zzz": TREES}
+    )
+    | TREES,
+    max_size=4,
+)
+NEARLY = st.fixed_dictionaries(
+    {"version": st.just(1), "name": st.just("a")},
+    optional={
+        "providers": st.dictionaries(KEYS, ENTRIES, max_size=4) | TREES,
+        "faces": st.lists(st.fixed_dictionaries({"face": WORDS}, optional={"config": TREES}) | TREES, max_size=3),
+        "middleware": ENTRIES | TREES,
+        "plugins": TREES,
+        "storage": TREES,
+        "server": st.dictionaries(KEYS, TREES, max_size=4) | TREES,
+    },
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(tree=NEARLY | st.dictionaries(KEYS, TREES, min_size=1, max_size=8))
+def test_no_tree_of_keys_makes_the_check_fail(tree: dict[str, object], tmp_path: Path, plugins: list[Plugin]) -> None:
+    """Whatever stands under whatever key is accepted or reported, never a traceback, and never with the secret."""
+    path = write(tmp_path, yaml.safe_dump(tree, sort_keys=False))
+    faults = check_distribution(path, environ={"A": "s3cr3t-value"}, registry=Registry(plugins))
+    assert faults or set(tree) <= set(Distribution.model_fields)
+    assert not [fault for fault in faults if "s3cr3t" in str(fault)]
 
 
 def test_a_whole_distribution_is_read_with_defaults_filled_in(tmp_path: Path, registry: Registry) -> None:
@@ -501,3 +594,20 @@ def test_a_fault_prints_as_one_line_in_the_promised_form() -> None:
     fault = Fault("a.yaml", 3, 7, "server.port", "too small", "write 1 or more")
     assert str(fault) == "a.yaml:3:7: server.port: too small; write 1 or more"
     assert str(Fault("a.yaml", 1, 1, "", "the file is empty", "fill it")) == "a.yaml:1:1: the file is empty; fill it"
+
+
+PAGE = (Path(__file__).parents[1] / "docs" / "distributions.md").read_text()
+
+
+@pytest.mark.parametrize("text", re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL))
+def test_each_file_on_the_page_is_accepted(text: str, tmp_path: Path) -> None:
+    """An operator begins by copying one; only plugins may be missing here."""
+    write(tmp_path, "version: 1\nproviders:\n  memory_banks:\n    - provider: sqlite\n", "base.yaml")
+    faults = check_distribution(write(tmp_path, text), environ={}, registry=Registry([]))
+    assert [fault for fault in faults if "no installed plugin declares the provider" not in fault.what] == []
+
+
+def test_the_page_has_every_key_of_the_top() -> None:
+    """A key that is not written about is not found."""
+    described = set(re.findall(r"^\| `(\w+)", PAGE, re.MULTILINE))
+    assert set(Distribution.model_fields) <= described

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import asynccontextmanager
@@ -10,11 +11,16 @@ from typing import Any
 
 import pytest
 
+from llama_stack import plugins
 from llama_stack.apis import Api, Config, Safety
+from llama_stack.apis.common import Message, Role, ShieldConfig
+from llama_stack.apis.safety import RunShieldRequest
+from llama_stack.distribution import load_distribution
 from llama_stack.errors import PluginLoadError
 from llama_stack.plugins import (
     ApiSpec,
     CommandSpec,
+    FaceSpec,
     MiddlewareSpec,
     Plugin,
     ProviderSpec,
@@ -23,7 +29,7 @@ from llama_stack.plugins import (
     hookimpl,
     load,
 )
-from llama_stack.registry import Registry
+from llama_stack.registry import Registry, check_provider, declaration_problems
 from tests import sample_plugin
 from tests.broken_plugins import SAFETY_PLUGIN, install
 
@@ -246,3 +252,48 @@ def _dedented(source: str) -> str:
     from textwrap import dedent
 
     return dedent(source)
+
+
+PAGE = (Path(__file__).parents[1] / "docs" / "plugins.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+
+
+def test_each_hook_has_its_section_in_the_docs() -> None:
+    """A hook that is not written about is not used; a section about none misleads."""
+    hooks = {name for name, member in vars(plugins).items() if hasattr(member, "llama_stack_spec")}
+    assert len(hooks) == 6
+    assert set(re.findall(r"^### (\w+)$", PAGE, re.MULTILINE)) == hooks
+
+
+@pytest.mark.anyio
+async def test_the_plugin_on_the_page_works_as_it_is_printed(site: Path) -> None:
+    """An author begins by copying it."""
+    package = site / "llama_stack_keyword"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "plugin.py").write_text(BLOCKS[0])
+    (package / "shield.py").write_text(BLOCKS[1])
+    install(site, "llama-stack-keyword", {}, {"keyword": "llama_stack_keyword.plugin"})
+    [text] = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    (site / "guarded.yaml").write_text(text)
+    registry = Registry(installed(site))
+    distribution = load_distribution(site / "guarded.yaml", environ={}, registry=registry)
+    assert "llama_stack_keyword.shield" not in sys.modules
+    spec = registry.provider(Safety, "keyword").spec
+    config = spec.config.model_validate(distribution.providers["safety"][0].config)
+    async with spec.start(config=config) as shield:
+        check_provider(spec, shield)
+        message = Message(role=Role.USER, content="my password is 1234")
+        request = RunShieldRequest(messages=[message], shield=ShieldConfig(shield_type="keyword", params={}))
+        answer = await shield.run_shield(request)
+        assert answer.violation is not None
+        assert answer.violation.details == "password"
+
+
+@pytest.mark.parametrize("block", BLOCKS[2:], ids=re.findall(r"^### (\w+)$", PAGE, re.MULTILINE)[1:])
+def test_each_example_of_a_hook_declares_what_it_says(block: str, site: Path) -> None:
+    """Each stands alone, as an author would try it."""
+    install(site, "example", {"acme_example": block}, {"example": "acme_example"})
+    [spec] = load(installed(site)[0])
+    if isinstance(spec, ProviderSpec | ToolSpec | FaceSpec):
+        assert declaration_problems(spec) == []
