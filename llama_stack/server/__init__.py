@@ -1,5 +1,6 @@
 """A stack over HTTP."""
 
 from .app import StackApp, create_app
+from .process import Listener, listening, serve
 
-__all__ = ["StackApp", "create_app"]
+__all__ = ["Listener", "StackApp", "create_app", "listening", "serve"]

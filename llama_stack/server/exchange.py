@@ -22,6 +22,8 @@ KEY = "llama_stack.exchange"
 """Where a scope holds its exchange."""
 ABORT = "llama_stack.abort"
 """The ASGI extension by which our protocol lets an application cut the connection off."""
+REFUSAL = "llama_stack.refusal"
+"""The ASGI extension that holds the error for which our protocol refused the request before it was one."""
 MAX_DEADLINE_MS = 600_000
 UNHURRIED_SECONDS = 0.01
 """A call that ends sooner is not watched for a client that leaves."""

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..errors import DrainingError
 from .errors import shown
-from .exchange import KEY, ClientGoneError, Exchange
+from .exchange import KEY, REFUSAL, ClientGoneError, Exchange
 from .log import errors as log
 from .log import log_exchange
 from .metrics import Metrics
@@ -83,6 +83,10 @@ class Traffic:
 
     async def _serve(self, exchange: Exchange) -> None:
         try:
+            refusal = exchange.scope.get("extensions", {}).get(REFUSAL)
+            if refusal is not None:
+                exchange.standard_headers.append(CLOSE)
+                raise refusal
             self._sites.check(exchange)
             preflight = self._sites.preflight(exchange)
             if preflight is not None:
