@@ -43,8 +43,8 @@ def shipped_distributions() -> dict[str, FilePath]:
     """The distributions that come with the core, by name."""
     package = FilePath(__file__).parents[1]
     # in a wheel they lie inside the package, in a checkout beside it
-    folders = (package / "distributions", package.parent / "distributions")
-    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
+    inside, beside = package / "distributions", package.parent / "distributions"
+    return {path.stem: path for path in sorted((inside if inside.is_dir() else beside).glob("*.yaml"))}
 
 
 def find_distribution(name: str) -> FilePath:
