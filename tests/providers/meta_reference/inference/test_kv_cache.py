@@ -36,9 +36,10 @@ def run(model: Llama, cache: KVCache, parts: dict[int, Tensor]) -> dict[int, Ten
     lengths=st.lists(st.integers(1, CONTEXT), min_size=2, max_size=4),
     cuts=st.lists(st.integers(1, 40), min_size=4, max_size=40),
     order=st.permutations(range(4)),
+    arrivals=st.lists(st.integers(0, 5), min_size=4, max_size=4),
 )
 def test_ragged_batches_in_any_cuts_equal_each_sequence_alone(
-    small_model: Llama, lengths: list[int], cuts: list[int], order: list[int]
+    small_model: Llama, lengths: list[int], cuts: list[int], order: list[int], arrivals: list[int]
 ) -> None:
     """Continuous batching mixes chunks of prompts with single steps: nobody may notice who else was in the batch."""
     cache = new_cache()
@@ -50,9 +51,9 @@ def test_ragged_batches_in_any_cuts_equal_each_sequence_alone(
     while any(done[slot] < len(tokens) for slot, tokens in sequences.items()):
         parts = {}
         for slot, tokens in sequences.items():
-            if done[slot] < len(tokens):
+            if done[slot] < len(tokens) and step >= arrivals[slot]:
                 parts[slot] = tokens[done[slot] : done[slot] + cuts[(step + slot) % len(cuts)]]
-        for slot, logits_TV in run(small_model, cache, parts).items():
+        for slot, logits_TV in (run(small_model, cache, parts) if parts else {}).items():
             expected = alone[slot][done[slot] : done[slot] + len(logits_TV)]
             torch.testing.assert_close(logits_TV, expected, atol=1e-4, rtol=0)
             done[slot] += len(logits_TV)
