@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import sys
 from typing import TYPE_CHECKING
 
 import click
 
 if TYPE_CHECKING:
+    from ..stack import Stack
+
     pass
 
 
@@ -30,4 +34,29 @@ def command(distribution: str, host: str | None, port: int | None) -> int:
     changes = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
     config = ServerConfig.model_validate(found.server.model_dump() | changes)
     stack = Stack(found.model_copy(update={"server": config}), registry)
-    return serve(stack, config)
+    announcements: list[asyncio.Task[None]] = []  # held here, for the loop itself holds a task weakly
+
+    def announce(address: str) -> None:
+        announcements.append(asyncio.get_running_loop().create_task(_announce(stack, address)))
+
+    return serve(stack, config, on_ready=announce)
+
+
+async def _announce(stack: Stack, address: str) -> None:
+    """Print where the stack answers, who provides what, and every model with the device it runs on."""
+    from ..apis import Models
+
+    click.echo(f"{stack.distribution.name} answers at {address}")
+    for provider in stack.status():
+        name = provider.id if provider.id == provider.provider else f"{provider.id} ({provider.provider})"
+        took = "" if provider.start_seconds is None else f" after {provider.start_seconds:.1f} s"
+        why = "" if provider.reason is None else f": {provider.reason}"
+        click.echo(f"  {provider.api}: {name} is {provider.state}{took}{why}")
+    served = [model async for model in await stack.api(Models).list_models()]
+    for model in served:
+        if model.alias_of is None:
+            device = "" if model.device is None else f" on {model.device}"
+            context = "" if model.context_tokens is None else f", {model.context_tokens} tokens of context"
+            names = ", ".join(other.model for other in served if other.alias_of == model.model)
+            click.echo(f"  model {model.model}{device}{context}" + (f", also as {names}" if names else ""))
+    sys.stdout.flush()

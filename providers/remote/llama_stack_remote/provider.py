@@ -11,9 +11,9 @@ import logging
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
-from typing import TypedDict, TypeVar
+from typing import TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from llama_stack.apis import Api, Models
 from llama_stack.client import Connection, RemoteApis, Timeouts
@@ -29,9 +29,10 @@ _CHECK_SECONDS = 30.0
 logger = logging.getLogger("llama_stack.remote")
 
 
-class _Provider(TypedDict):
+class _Provider(BaseModel):
+    """A line of ``/providers/list``; a newer stack may say more in it."""
+
     api: str
-    id: str
     state: str
 
 
@@ -74,9 +75,9 @@ async def _check(api: type[Api], connection: Connection) -> None:
         raise ProviderStartError(f"{error.detail}; see that it runs, and that 'url' is its address") from error
     if providers is None:
         raise ProviderStartError(f"{NAME} is no Llama Stack server: it answered GET /providers/list with {status}")
-    states = [provider["state"] for provider in providers if provider["api"] == api.name]
+    states = [provider.state for provider in providers if provider.api == api.name]
     if not states and api is not Models:  # a stack serves the catalogue itself, whatever its providers are
-        serves = listed({provider["api"] for provider in providers})
+        serves = listed({provider.api for provider in providers})
         raise ProviderStartError(f"{NAME} does not serve {api.name!r}; it serves: {serves}")
     if states and "ready" not in states:
         raise ProviderStartError(f"{NAME} does not serve {api.name!r} now: its provider is {states[0]}")
