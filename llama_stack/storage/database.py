@@ -6,6 +6,7 @@ left to ``sqlite.py`` and ``postgresql.py``; which of the two it is, to ``store.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -21,10 +22,9 @@ if TYPE_CHECKING:
 BUSY_TIMEOUT_SECONDS = 30.0
 """How long a block waits for its turn to write, or for a free connection, before it is refused with 503."""
 
-MAX_NAME_CHARS = 63
-"""PostgreSQL cuts longer identifiers, and two that differ at the end would become one."""
-
-MAX_OWNER_CHARS = 40
+MAX_TABLE_CHARS = 30
+MAX_IDENTIFIER_CHARS = 31
+"""With the table's name and two underscores 63, the length beyond which PostgreSQL would cut a name short."""
 
 _OWNER = re.compile(r"[a-z][a-z0-9]*([-_./][a-z0-9]+)*")
 _TABLE = re.compile(r"[a-z][a-z0-9_]*")
@@ -32,18 +32,17 @@ _PLACE = re.compile(r"\{([a-z][a-z0-9_]*)\}")
 
 
 def owner_identifier(owner: str) -> str:
-    """``owner`` as it begins the names of its tables and names its blob folder.
+    """``owner`` as it begins the names of its tables and names its blob folder; a long one ends in a hash of the rest.
 
-    Raises ``ValueError`` unless ``owner`` is lower-case words joined by single ``- _ . /``, at most 40 characters.
+    Raises ``ValueError`` unless ``owner`` is lower-case words joined by single ``- _ . /``.
     """
-    if not _OWNER.fullmatch(owner) or len(owner) > MAX_OWNER_CHARS:
-        raise ValueError(
-            f"owner {owner!r} is not lower-case words joined by single '-', '_', '.' or '/', "
-            f"{MAX_OWNER_CHARS} characters at most"
-        )
+    if not _OWNER.fullmatch(owner):
+        raise ValueError(f"owner {owner!r} is not lower-case words joined by single '-', '_', '.' or '/'")
     identifier = re.sub(r"[-./]", "_", owner)
     if identifier.partition("_")[0] in ("sqlite", "pg"):
         raise ValueError(f"owner {owner!r} begins as the database's own tables do; put another word before it")
+    if len(identifier) > MAX_IDENTIFIER_CHARS:
+        identifier = f"{identifier[: MAX_IDENTIFIER_CHARS - 9]}_{hashlib.sha256(owner.encode()).hexdigest()[:8]}"
     return identifier
 
 
@@ -129,15 +128,14 @@ class Database:
     def name(self, table: str) -> str:
         """The full name of this owner's table or index ``table``, for SQLAlchemy's ``Table`` and the like.
 
-        Raises ``ValueError`` for anything but lower-case letters, digits and underscores, or when the whole is over 63
-        characters. A table's name is a constant of the code, never something that a client sent.
+        Raises ``ValueError`` for anything but lower-case letters, digits and underscores, at most 30. A table's name is
+        a constant of the code, never something that a client sent.
         """
-        if not _TABLE.fullmatch(table):
-            raise ValueError(f"table name {table!r} is not lower-case letters, digits and underscores")
-        full = self._prefix + table
-        if len(full) > MAX_NAME_CHARS:
-            raise ValueError(f"table name {full!r} is {len(full)} characters; at most {MAX_NAME_CHARS} are kept apart")
-        return full
+        if not _TABLE.fullmatch(table) or len(table) > MAX_TABLE_CHARS:
+            raise ValueError(
+                f"table name {table!r} is not lower-case letters, digits and underscores, {MAX_TABLE_CHARS} at most"
+            )
+        return self._prefix + table
 
     def owns(self, name: str) -> bool:
         """Whether a table of this full name belongs to this owner."""

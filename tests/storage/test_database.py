@@ -8,11 +8,11 @@ from pathlib import Path
 
 import anyio
 import pytest
-from sqlalchemy import Column, Integer, MetaData, Table, Text, insert, select
+from sqlalchemy import Column, Integer, MetaData, Table, Text, insert, inspect, select
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from llama_stack.errors import StoreBusyError
-from llama_stack.storage import Database, Store, open_store
+from llama_stack.storage import Database, Migration, Store, open_store
 from tests.storage.conftest import NOTES, bodies
 
 pytestmark = pytest.mark.anyio
@@ -250,9 +250,7 @@ async def test_braces_that_name_no_table_stay_as_they_are(notes: Database) -> No
     )
 
 
-@pytest.mark.parametrize(
-    "owner", ["", "Upper", "a__b", "a b", "a.", "1a", "é", "a" * 41, "sqlite.x", "pg", "a\n", 'a"']
-)
+@pytest.mark.parametrize("owner", ["", "Upper", "a__b", "a b", "a.", "1a", "é", "sqlite.x", "pg", "a\n", 'a"'])
 async def test_an_owner_that_cannot_name_tables_is_refused(store: Store, owner: str) -> None:
     """An owner begins identifiers, so it is checked before any statement is made of it."""
     with pytest.raises(ValueError, match="owner"):
@@ -269,7 +267,22 @@ async def test_two_owners_that_would_share_names_are_refused(store: Store) -> No
         store.database("llama_stack")
 
 
-@pytest.mark.parametrize("table", ["", "Notes", "a-b", "a;b", "x" * 60, "notes\n", 'a"b'])
+async def test_long_owners_keep_their_tables_apart(store: Store) -> None:
+    """Operators choose ids of any length, and PostgreSQL would silently cut both names to the same 63 characters."""
+    one, two = (store.database("synthetic_data_generation.a-rather-long-name-for-a-provider-" + end) for end in "ab")
+    table = "t" * 30
+    assert len(one.name(table)) == 63
+    for database in (one, two):
+        await database.migrate(
+            [Migration(number=1, description="x", statements=(f"CREATE TABLE {{{table}}} (id INT)",))]
+        )
+    async with one.read() as connection:
+        tables = await connection.run_sync(lambda sync: inspect(sync).get_table_names())
+    assert {one.name(table), two.name(table)} <= set(tables)
+    assert one.name(table) != two.name(table)
+
+
+@pytest.mark.parametrize("table", ["", "Notes", "a-b", "a;b", "x" * 31, "notes\n", 'a"b'])
 async def test_a_table_name_that_is_no_plain_identifier_is_refused(notes: Database, table: str) -> None:
     """Names are put into SQL as they are, so nothing but a plain identifier may pass."""
     with pytest.raises(ValueError, match="table name"):
