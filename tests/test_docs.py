@@ -13,12 +13,8 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +23,13 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from llama_stack.apis import APIS, Api, Operation, operations
+from tests.tiny_server import tiny_server
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 ADDRESS = "http://127.0.0.1:8321"
 """Where the documentation says that the server is."""
-START_SECONDS = 120
 OPERATIONS = {operation.key: operation for api in APIS for operation in operations(api)}
 
 
@@ -158,38 +154,9 @@ def test_a_python_example_compiles_and_its_imports_exist(block: Block) -> None:
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server as the first page has it started: the tiny distribution, by name."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    home = tmp_path_factory.mktemp("home")
-    log = home / "server.log"
-    with log.open("w") as output:
-        server = subprocess.Popen(
-            [sys.executable, "-c", "from llama_stack.cli import main; main()", "run", "tiny", "--port", str(port)],
-            cwd=ROOT,
-            env=os.environ | {"LLAMA_STACK_HOME": str(home), "OMP_NUM_THREADS": "1"},
-            stdout=output,
-            stderr=output,
-        )
-    try:
-        wait_until_ready(server, f"http://127.0.0.1:{port}", log)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait(60)
-
-
-def wait_until_ready(server: subprocess.Popen[bytes], address: str, log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        assert server.poll() is None, f"the server ended with {server.returncode}:\n{log.read_text()}"
-        try:
-            with urllib.request.urlopen(f"{address}/health/ready", timeout=5):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.1)
-    raise AssertionError(f"not ready after {START_SECONDS} s:\n{log.read_text()}")
+    """A server as the first page has it started."""
+    with tiny_server(tmp_path_factory.mktemp("home")) as address:
+        yield address
 
 
 @pytest.mark.parametrize("block", RUNNABLE)
