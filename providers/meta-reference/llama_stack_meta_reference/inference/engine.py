@@ -53,8 +53,8 @@ class Ticket:
 
     def __init__(self, sequence: Sequence, loop: asyncio.AbstractEventLoop, cancel: Callable[[Sequence], None]) -> None:
         self.stop_reason: StopReason = StopReason.NOT_STOPPED
+        self.loop = loop
         self._sequence = sequence
-        self._loop = loop
         self._cancel = cancel
         self._arrived: deque[SampledToken | StopReason | StackError] = deque()
         self._wake = asyncio.Event()
@@ -117,9 +117,8 @@ class Engine:
         self._new_cache = partial(
             KVCache, model.config, slots=max_sequences, context=context, device=weight.device, dtype=weight.dtype
         )
-        self._max_sequences = max_sequences
         self._cache: KVCache | None = self._new_cache()
-        self._scheduler = Scheduler(queue_size=queue_size, prefill_tokens=prefill_tokens)
+        self._scheduler = Scheduler(slots=max_sequences, queue_size=queue_size, prefill_tokens=prefill_tokens)
         self._tickets: dict[Sequence, Ticket] = {}
         self._outbox: dict[asyncio.AbstractEventLoop, list[tuple[Ticket, SampledToken | StopReason | StackError]]] = {}
         self._lock = threading.Condition()  # guards the scheduler, the tickets and the flags below
@@ -148,7 +147,7 @@ class Engine:
     def free_slots(self) -> int:
         """How many more sequences could run at once."""
         with self._lock:
-            return self._cache.free if self._cache else self._max_sequences
+            return self._cache.free if self._cache else self._scheduler.slots
 
     def start(self) -> None:
         """Start the thread."""
@@ -298,7 +297,7 @@ class Engine:
     def _post(self, sequence: Sequence, item: SampledToken | StopReason | StackError) -> None:
         ticket = self._tickets.get(sequence)
         if ticket is not None and not sequence.is_cancelled:
-            self._outbox.setdefault(ticket._loop, []).append((ticket, item))
+            self._outbox.setdefault(ticket.loop, []).append((ticket, item))
 
     def _recover(self) -> None:
         """Fail what was in flight and drop the cache; where not even a cache could be made, fail all that wait too."""

@@ -54,7 +54,8 @@ class Step:
 class Scheduler:
     """The line of waiting requests and the set of running sequences."""
 
-    def __init__(self, *, queue_size: int, prefill_tokens: int) -> None:
+    def __init__(self, *, slots: int, queue_size: int, prefill_tokens: int) -> None:
+        self.slots = slots
         self.queue_size = queue_size
         self.prefill_tokens = prefill_tokens
         self.running: list[Sequence] = []
@@ -62,8 +63,8 @@ class Scheduler:
 
     @property
     def is_full(self) -> bool:
-        """Whether the line holds as many requests as it may."""
-        return len(self._waiting) >= self.queue_size
+        """Whether the line holds as many requests as it may, beside those that have a slot from the next step on."""
+        return len(self._waiting) >= self.queue_size + self.slots - len(self.running)
 
     @property
     def is_idle(self) -> bool:
@@ -113,19 +114,24 @@ class Scheduler:
         self.running.remove(sequence)
 
     def plan(self) -> Step:
-        """The next step. Prompts are read first come, first served, as many at a time as fit one chunk.
+        """The next step. As many prompts are read at a time as fit one chunk; those longer than that take turns.
 
         The chunk counts a batch as the network does: the rows, all as long as the longest.
         """
         prefill: list[tuple[Sequence, int]] = []
         longest = 0
         for sequence in self.running:
-            left = len(sequence.prompt) - sequence.read
-            if left == 0:
+            count = min(len(sequence.prompt) - sequence.read, self.prefill_tokens)
+            if count == 0:
                 continue
-            count = min(left, self.prefill_tokens)
             if prefill and (len(prefill) + 1) * max(longest, count) > self.prefill_tokens:
                 break
             longest = max(longest, count)
             prefill.append((sequence, count))
-        return Step(prefill, [s for s in self.running if s.read == len(s.prompt)])
+        decode = sorted((s for s in self.running if s.read == len(s.prompt)), key=lambda s: s.slot)
+        for sequence, count in prefill:
+            if sequence.read + count < len(sequence.prompt):
+                self.running.remove(sequence)
+                self.running.append(sequence)
+        # In the order of their slots, for the cache reads neighbours without a copy.
+        return Step(sorted(prefill, key=lambda part: part[0].slot), decode)

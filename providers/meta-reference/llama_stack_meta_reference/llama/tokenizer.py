@@ -225,7 +225,8 @@ def load_hugging_face(path: Path) -> Tokenizer:
         raise CheckpointError(f"{path}: token ids run from {min(ids)} to {max(ids)}; allowed are 0 to {_MAX_IDS - 1}")
 
     def encode(text: str) -> list[int]:
-        ids: list[int] = encoder.encode(text, add_special_tokens=False).ids
+        # Of the library's calls only those for batches let other threads run meanwhile.
+        ids: list[int] = encoder.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return ids
 
     return Tokenizer(encode, pieces, specials)

@@ -1,0 +1,336 @@
+"""The loop that owns the model: what it promises to requests that come, stay, leave and break."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import threading
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import torch
+from llama_stack_meta_reference.inference.engine import Engine, Generation, Ticket
+from llama_stack_meta_reference.llama.config import LlamaConfig
+from llama_stack_meta_reference.llama.model import CacheView, Llama
+from torch import Tensor
+
+from llama_stack.apis.common import SamplingParams, SamplingStrategy, StopReason
+from llama_stack.errors import DrainingError, EngineRestartedError, OverloadedError
+from tests.providers.meta_reference.lookup import FIRST, byte_tokenizer, lookup_llama, new_engine, writing
+from tests.providers.meta_reference.small_llama import SMALL
+
+pytestmark = pytest.mark.anyio
+
+GREEDY = SamplingParams()
+NEWLINE = [ord("\n")]
+
+
+class GatedLlama(Llama):
+    """Waits for a permit before each forward pass, breaks when told to, and counts its passes."""
+
+    def __init__(self, config: LlamaConfig, *, device: torch.device | str, dtype: torch.dtype) -> None:
+        super().__init__(config, device=device, dtype=dtype)
+        self.permits = threading.Semaphore(0)
+        self.is_open = False
+        self.passes = 0
+        self.entered = threading.Event()
+        self.fault: Exception | None = None
+        self.poisoned_token = -1
+
+    def hidden(self, tokens_BT: Tensor, cache: CacheView | None = None) -> Tensor:
+        self.passes += 1
+        self.entered.set()
+        if not self.is_open:
+            assert self.permits.acquire(timeout=30)
+        fault, self.fault = self.fault, None
+        hidden_BTD = super().hidden(tokens_BT, cache)
+        if fault is not None:
+            raise fault
+        return hidden_BTD.masked_fill((tokens_BT == self.poisoned_token)[..., None], torch.nan)
+
+    async def until_entered(self) -> None:
+        """Wait until a pass has begun since the last call."""
+        assert await asyncio.to_thread(self.entered.wait, 30)
+        self.entered.clear()
+
+
+@asynccontextmanager
+async def running(engine: Engine) -> AsyncIterator[Engine]:
+    engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.stop()
+
+
+def endless(network: type[Llama] = Llama) -> Llama:
+    """Answers a newline with the letters a, b, a, b, ... and never ends."""
+    a, b = ord("a"), ord("b")
+    return lookup_llama({ord("\n"): a, a: b, b: a}, byte_tokenizer().vocab_size, network=network)
+
+
+def gated(**settings: int) -> tuple[GatedLlama, Engine]:
+    model = endless(GatedLlama)
+    assert isinstance(model, GatedLlama)
+    return model, new_engine(model, byte_tokenizer(), **settings)
+
+
+def one(prompt: list[int], max_tokens: int = 0, sampling: SamplingParams = GREEDY) -> list[Generation]:
+    return [Generation(prompt, sampling, max_tokens)]
+
+
+async def tokens(ticket: Ticket) -> list[int]:
+    return [sampled.token async for sampled in ticket]
+
+
+async def test_a_generation_ends_at_the_models_end_of_turn() -> None:
+    """The stop token is the engine's affair: it is not handed on, and the reason says that the model ended."""
+    tokenizer, model = writing([b"one", b"two"])
+    async with running(new_engine(model, tokenizer)) as engine:
+        (ticket,) = engine.submit(one(NEWLINE))
+        assert await tokens(ticket) == [FIRST, FIRST + 1]
+        assert ticket.stop_reason is StopReason.FINISHED_OK
+        assert await tokens(ticket) == []
+
+
+@pytest.mark.parametrize(("max_tokens", "expected"), [(1, 1), (7, 7), (0, 53), (60, 53), (53, 53)])
+async def test_max_tokens_bounds_the_answer_and_zero_means_to_the_end_of_the_context(
+    max_tokens: int, expected: int
+) -> None:
+    """Prompt and answer fill the context exactly; one token too many would be a write past the cache."""
+    async with running(new_engine(endless(), byte_tokenizer(), context=64)) as engine:
+        (ticket,) = engine.submit(one([1] * 10 + NEWLINE, max_tokens))
+        assert len(await tokens(ticket)) == expected
+        assert ticket.stop_reason is StopReason.MAX_TOKENS
+        assert engine.free_slots == 4
+
+
+async def test_answers_in_a_crowd_equal_answers_alone(small_model: Llama) -> None:
+    """Continuous batching, chunked prompts and other people's sampling may change the speed and nothing else.
+
+    Every prompt runs alone on one engine, and all at once on another with few slots and tiny chunks.
+    """
+    draw = random.Random(5)
+    requests = [
+        Generation(
+            [draw.randrange(SMALL.vocab_size) for _ in range(draw.randint(1, 60))],
+            GREEDY
+            if index % 3
+            else SamplingParams(strategy=SamplingStrategy.TOP_P, temperature=1.0, top_p=0.9, seed=index),
+            max_tokens=draw.randint(1, 40),
+        )
+        for index in range(24)
+    ]
+    tokenizer = byte_tokenizer()
+
+    def engine(**settings: int) -> Engine:
+        made = new_engine(small_model, tokenizer, **settings)
+        made._vocabulary = SMALL.vocab_size
+        return made
+
+    async with running(engine(max_sequences=1)) as calm, running(engine(max_sequences=5, prefill_tokens=7)) as busy:
+        alone = [await tokens(calm.submit([request])[0]) for request in requests]
+        singles = [busy.submit([request])[0] for request in requests[:12]]
+        batch = busy.submit(requests[12:])
+        crowd = await asyncio.gather(*map(tokens, [*singles, *batch]))
+        assert busy.free_slots == 5
+    assert crowd == alone
+    assert len({tuple(answer) for answer in alone}) > 12
+
+
+async def test_a_cancelled_generation_frees_its_slot_before_the_next_step() -> None:
+    """Work for a client that left is work taken from the others: not one more pass may be spent on it."""
+    model, engine = gated(max_sequences=1)
+    async with running(engine):
+        (ticket,) = engine.submit(one(NEWLINE))
+        (next_in_line,) = engine.submit(one(NEWLINE, max_tokens=1))
+        for _ in range(5):
+            await model.until_entered()
+            model.permits.release()
+            await anext(ticket)
+        await model.until_entered()  # the sixth pass is under way
+        ticket.cancel()
+        ticket.cancel()
+        model.permits.release(2)
+        assert await tokens(next_in_line) == [ord("a")]
+        assert model.passes == 7
+        assert engine.free_slots == 1
+
+
+async def test_a_waiting_generation_can_be_cancelled() -> None:
+    """It must neither run later nor keep its place in the line."""
+    model, engine = gated(max_sequences=1, queue_size=1)
+    async with running(engine):
+        (first,) = engine.submit(one(NEWLINE, max_tokens=2))
+        await model.until_entered()
+        (waiting,) = engine.submit(one(NEWLINE))
+        with pytest.raises(OverloadedError):
+            engine.submit(one(NEWLINE))
+        waiting.cancel()
+        model.permits.release()
+        await anext(first)
+        (third,) = engine.submit(one(NEWLINE, max_tokens=1))
+        model.is_open = True
+        model.permits.release()
+        await asyncio.gather(tokens(first), tokens(third))
+        assert model.passes == 3
+
+
+async def test_storms_of_cancellations_leave_every_slot_free() -> None:
+    """1,000 clients that leave at any point, in the line, in the prompt, in the answer: the cache is at its baseline."""
+    draw = random.Random(3)
+    async with running(new_engine(endless(), byte_tokenizer(), max_sequences=3, prefill_tokens=4)) as engine:
+
+        async def client() -> None:
+            (ticket,) = engine.submit(one([1] * draw.randint(0, 20) + NEWLINE))
+            try:
+                for _ in range(draw.choice((0, 0, 1, 2, 5))):
+                    await anext(ticket)
+            finally:
+                ticket.cancel()
+
+        for _ in range(20):
+            await asyncio.gather(*(client() for _ in range(50)))
+        (last,) = engine.submit(one(NEWLINE, max_tokens=3))
+        assert await tokens(last) == [ord("a"), ord("b"), ord("a")]
+        assert engine.free_slots == 3
+        assert engine.running == engine.waiting == 0
+        assert not engine._tickets
+
+
+async def test_a_full_line_is_refused_with_a_time_to_come_back() -> None:
+    """A bounded queue is what keeps latency and memory bounded; the client must see it, typed, at once."""
+    model, engine = gated(max_sequences=2, queue_size=3)
+    async with running(engine):
+        tickets = [engine.submit(one(NEWLINE, max_tokens=1))[0] for _ in range(5)]
+        with pytest.raises(OverloadedError) as refused:
+            engine.submit(one(NEWLINE))
+        assert refused.value.status == 503
+        assert refused.value.retry_after_seconds
+        model.is_open = True
+        model.permits.release()
+        assert await asyncio.gather(*map(tokens, tickets)) == [[ord("a")]] * 5
+        assert await tokens(engine.submit(one(NEWLINE, max_tokens=1))[0]) == [ord("a")]
+
+
+async def test_a_step_that_raises_fails_those_in_flight_and_nobody_else(caplog: pytest.LogCaptureFixture) -> None:
+    """The engine is not the process: after a fault the next in line is served, from a cache that is clean."""
+    model, engine = gated(max_sequences=2)
+    model.is_open = True
+    model.fault = RuntimeError("CUDA error: secret")
+    async with running(engine):
+        tickets = [engine.submit(one(NEWLINE, max_tokens=3))[0] for _ in range(6)]
+        answers = await asyncio.gather(*map(tokens, tickets), return_exceptions=True)
+        failed = [answer for answer in answers if isinstance(answer, EngineRestartedError)]
+        assert 1 <= len(failed) <= 2  # the first step may begin before the second request is in
+        assert answers.count([ord("a"), ord("b"), ord("a")]) == 6 - len(failed)
+        assert engine.free_slots == 2
+    assert failed[0].status == 503
+    assert "secret" not in failed[0].detail
+    assert "secret" in caplog.text
+
+
+async def test_logits_that_are_not_finite_fail_their_own_sequence_alone(caplog: pytest.LogCaptureFixture) -> None:
+    """A NaN is an error with a name, never a token; and what it left in the cache reaches nobody."""
+    model, engine = gated(max_sequences=2)
+    model.is_open = True
+    model.poisoned_token = ord("b")
+    caplog.set_level(logging.CRITICAL)
+    async with running(engine):
+        (healthy,) = engine.submit(one([ord("x")], max_tokens=40))
+        (poisoned,) = engine.submit(one(NEWLINE, max_tokens=40))
+        assert (await anext(poisoned)).token == ord("a")
+        assert (await anext(poisoned)).token == ord("b")
+        with pytest.raises(EngineRestartedError):
+            await anext(poisoned)
+        with pytest.raises(EngineRestartedError):
+            await anext(poisoned)
+        assert len(await tokens(healthy)) == 40
+        assert engine.free_slots == 2
+
+
+async def test_a_cache_that_cannot_be_made_again_fails_all_and_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After a fault there may be no memory for a moment: whoever waits learns it, and a later request may succeed."""
+    model, engine = gated(max_sequences=1)
+    make, attempts = engine._new_cache, 0
+
+    def make_at_second_try() -> object:
+        nonlocal attempts
+        attempts += 1
+        if attempts == 1:
+            raise torch.OutOfMemoryError("no memory")
+        return make()
+
+    monkeypatch.setattr(engine, "_new_cache", make_at_second_try)
+    model.fault = RuntimeError("broken")
+    async with running(engine):
+        tickets = [engine.submit(one(NEWLINE, max_tokens=1))[0] for _ in range(3)]
+        await model.until_entered()
+        model.is_open = True
+        model.permits.release()
+        answers = await asyncio.gather(*map(tokens, tickets), return_exceptions=True)
+        assert [type(answer) for answer in answers] == [EngineRestartedError] * 3
+        assert await tokens(engine.submit(one(NEWLINE, max_tokens=1))[0]) == [ord("a")]
+        assert engine.free_slots == 1
+
+
+async def test_stopping_ends_the_thread_and_tells_everyone() -> None:
+    """Neither a running nor a waiting client may hang, and no thread may outlive its engine."""
+    model, engine = gated(max_sequences=1)
+    engine.start()
+    (running_one,), (waiting_one,) = engine.submit(one(NEWLINE)), engine.submit(one(NEWLINE))
+    await model.until_entered()
+    stopping = asyncio.create_task(engine.stop())
+    await asyncio.sleep(0)
+    with pytest.raises(DrainingError):
+        engine.submit(one(NEWLINE))
+    model.permits.release()
+    await stopping
+    for ticket in (running_one, waiting_one):
+        with pytest.raises(DrainingError):
+            await tokens(ticket)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("engine")]
+    assert not engine.is_running
+    await engine.stop()
+
+
+async def test_an_idle_engine_sleeps() -> None:
+    """A server that nobody asks anything must not keep a core busy: its thread may use 5 ms in 200 ms of idling."""
+    async with running(new_engine(endless(), byte_tokenizer())) as engine:
+        await tokens(engine.submit(one(NEWLINE, max_tokens=3))[0])
+        (thread,) = (thread for thread in threading.enumerate() if thread.name.startswith("engine"))
+        assert thread.ident is not None
+        clock = time.pthread_getcpuclockid(thread.ident)
+        before = time.clock_gettime(clock)
+        await asyncio.sleep(0.2)
+        assert time.clock_gettime(clock) - before < 0.005
+
+
+async def test_a_loop_that_was_closed_does_not_stop_the_engine() -> None:
+    """A client in a thread of its own may end its event loop with answers under way."""
+    model, engine = gated(max_sequences=1)
+
+    async def leave() -> None:
+        engine.submit(one(NEWLINE))
+        await model.until_entered()
+
+    async with running(engine):
+        await asyncio.to_thread(asyncio.run, leave())
+        model.is_open = True
+        model.permits.release()
+        assert await tokens(engine.submit(one(NEWLINE, max_tokens=2))[0]) == [ord("a"), ord("b")]
+        assert engine.free_slots == 1
+
+
+async def test_padding_of_the_vocabulary_is_never_picked() -> None:
+    """Networks are padded beyond their tokenizer; such a row has no text and was never trained."""
+    tokenizer = byte_tokenizer()
+    model = lookup_llama({ord("\n"): tokenizer.vocab_size + 3}, tokenizer.vocab_size + 8)
+    async with running(new_engine(model, tokenizer)) as engine:
+        picked = await tokens(engine.submit(one(NEWLINE, max_tokens=5))[0])
+        assert all(token < tokenizer.vocab_size for token in picked)
