@@ -69,9 +69,8 @@ class Listener:
             log_level=logging.ERROR,
             proxy_headers=False,
             server_header=False,
-            timeout_graceful_shutdown=1,
         )
-        self._server = _Server(settings)
+        self._server = _Server(settings, self.connections)
         self._task: asyncio.Task[None] | None = None
         self._sweep: asyncio.Task[None] | None = None
 
@@ -91,11 +90,10 @@ class Listener:
 
     async def close(self) -> None:
         """Close every connection and stop listening."""
-        self._server.should_exit = True
+        self._server.told_to_stop.set()
         if self._sweep is not None:
             self._sweep.cancel()
         if self._task is not None:
-            asyncio.get_running_loop().call_later(SETTLE_SECONDS, self.connections.abort)
             await self._task
 
 
@@ -166,15 +164,39 @@ def _is_loopback(address: str) -> bool:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers, for the process has its own."""
+    """uvicorn without its signals and its shutdown, for the process has its own."""
 
-    def __init__(self, settings: uvicorn.Config) -> None:
+    def __init__(self, settings: uvicorn.Config, connections: Connections) -> None:
         super().__init__(settings)
         self.listening = asyncio.Event()
+        self.told_to_stop = asyncio.Event()
+        self._connections = connections
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self.listening.set()
+
+    async def main_loop(self) -> None:
+        while not self.told_to_stop.is_set():
+            await self.on_tick(0)  # renews the Date header
+            with suppress(TimeoutError):
+                async with asyncio.timeout(1):
+                    await self.told_to_stop.wait()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for server in self.servers:
+            server.close()
+        for listening in sockets or ():
+            listening.close()
+        for connection in tuple(self.server_state.connections):
+            connection.shutdown()
+        tasks = tuple(self.server_state.tasks)
+        if tasks:
+            _, unfinished = await asyncio.wait(tasks, timeout=SETTLE_SECONDS)
+            for task in unfinished:
+                task.cancel()
+        await asyncio.sleep(0)  # connections that were closed say so in the next turn
+        self._connections.abort()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
