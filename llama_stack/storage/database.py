@@ -26,23 +26,27 @@ MAX_TABLE_CHARS = 30
 MAX_IDENTIFIER_CHARS = 31
 """With the table's name and two underscores 63, the length beyond which PostgreSQL would cut a name short."""
 
-_OWNER = re.compile(r"[a-z][a-z0-9]*([-_./][a-z0-9]+)*")
+_OWNER = re.compile(r"[a-z][a-z0-9_./-]*")
+_PLAIN = re.compile(r"[a-z][a-z0-9]*([_./-][a-z0-9]+)*")
 _TABLE = re.compile(r"[a-z][a-z0-9_]*")
 _PLACE = re.compile(r"\{([a-z][a-z0-9_]*)\}")
 
 
 def owner_identifier(owner: str) -> str:
-    """``owner`` as it begins the names of its tables and names its blob folder; a long one ends in a hash of the rest.
+    """``owner`` as it begins the names of its tables and names its blob folder.
 
-    Raises ``ValueError`` unless ``owner`` is lower-case words joined by single ``- _ . /``.
+    One that is long, or has separators in a row or at its end, is shortened and ends in a hash of the whole.
+
+    Raises ``ValueError`` unless ``owner`` is a lower-case letter, followed by such letters, digits and ``- _ . /``.
     """
     if not _OWNER.fullmatch(owner):
-        raise ValueError(f"owner {owner!r} is not lower-case words joined by single '-', '_', '.' or '/'")
-    identifier = re.sub(r"[-./]", "_", owner)
+        raise ValueError(f"owner {owner!r} is not lower-case letters, digits, '-', '_', '.' and '/' after a letter")
+    identifier = re.sub(r"[_./-]+", "_", owner)
     if identifier.partition("_")[0] in ("sqlite", "pg"):
         raise ValueError(f"owner {owner!r} begins as the database's own tables do; put another word before it")
-    if len(identifier) > MAX_IDENTIFIER_CHARS:
-        identifier = f"{identifier[: MAX_IDENTIFIER_CHARS - 9]}_{hashlib.sha256(owner.encode()).hexdigest()[:8]}"
+    if len(identifier) > MAX_IDENTIFIER_CHARS or not _PLAIN.fullmatch(owner):
+        digest = hashlib.sha256(owner.encode()).hexdigest()[:8]
+        identifier = f"{identifier[: MAX_IDENTIFIER_CHARS - 9].rstrip('_')}_{digest}"
     return identifier
 
 

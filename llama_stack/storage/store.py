@@ -28,9 +28,9 @@ class Store:
         self._owners: dict[str, str] = {}
 
     def database(self, owner: str) -> Database:
-        """The tables of ``owner``: lower-case words joined by ``- _ . /``, such as ``memory_banks.local``.
+        """The tables of ``owner``: lower-case letters, digits and ``- _ . /``, such as ``memory_banks.local``.
 
-        Raises ``ValueError`` for another form, and when two owners of this store would share their tables' names.
+        Raises ``ValueError`` for another form, and ``StoreError`` when two owners would share their tables' names.
         """
         self._claim(owner)
         return Database(owner, self._connections, self._health)
@@ -61,7 +61,7 @@ class Store:
             raise ValueError(f"owner {owner!r} is the stack itself")
         claimed = self._owners.setdefault(identifier, owner)
         if claimed != owner:
-            raise ValueError(f"owners {claimed!r} and {owner!r} would share the names of their tables; rename one")
+            raise StoreError(f"{claimed!r} and {owner!r} would share the names of their tables; rename one")
         return identifier
 
 
