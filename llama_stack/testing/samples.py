@@ -107,7 +107,7 @@ def _sample(annotation: Any, constraints: tuple[Any, ...], is_full: bool) -> Any
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return _sample_model(annotation, is_full)
     if isinstance(annotation, type) and issubclass(annotation, Enum):
-        return next(iter(annotation))
+        return list(annotation)[-1]  # the first of the reasons for a stop is "not stopped"
     if annotation in _CANDIDATES:
         return _first_valid(annotation, constraints)
     return "sample"  # JSON of any kind
