@@ -28,7 +28,6 @@ DONE = 0
 REFUSED = 1
 MISUSE = 2
 INTERRUPTED = 130
-BROKEN_PIPE = 141
 
 _COMMANDS = ("run", "check", "list", "schema", "chat", "complete", "version")
 
@@ -93,9 +92,9 @@ def _outcome(arguments: list[str]) -> int:
         error(str(refused))
         return REFUSED
     except BrokenPipeError:
-        # Nobody reads on. The interpreter flushes once more at its end, which must not fail aloud.
+        # Nobody reads on, which click answers with 1. The interpreter flushes once more at its end: not aloud.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
+        return REFUSED
     return code if isinstance(code, int) else DONE
 
 
