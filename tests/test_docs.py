@@ -23,11 +23,11 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from llama_stack.apis import APIS, Api, Operation, operations
-from tests.tiny_server import tiny_server
+from tests.started import started
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-PAGES = sorted(DOCS.rglob("*.md"))
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 ADDRESS = "http://127.0.0.1:8321"
 """Where the documentation says that the server is."""
 OPERATIONS = {operation.key: operation for api in APIS for operation in operations(api)}
@@ -155,7 +155,7 @@ def test_a_python_example_compiles_and_its_imports_exist(block: Block) -> None:
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server as the first page has it started."""
-    with tiny_server(tmp_path_factory.mktemp("home")) as address:
+    with started("tiny", tmp_path_factory.mktemp("home")) as address:
         yield address
 
 

@@ -12,7 +12,7 @@ import pytest
 from llama_stack.server.openapi import draft_document
 from tests.draft_schemas import DraftSchemas
 from tests.server.serving import serving
-from tests.tiny_server import tiny_server
+from tests.started import started
 
 pytestmark = pytest.mark.anyio
 
@@ -98,7 +98,7 @@ class DraftClient:
 
 @pytest.fixture(scope="module")
 def tiny_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with tiny_server(tmp_path_factory.mktemp("home")) as address:
+    with started("tiny", tmp_path_factory.mktemp("home")) as address:
         yield address
 
 
