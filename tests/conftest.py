@@ -10,7 +10,7 @@ import pytest
 
 
 def _refuse_the_network(event: str, arguments: tuple[Any, ...]) -> None:
-    """An audit hook: the suite must pass with the network cut off, so a connection elsewhere fails where one is there."""
+    """An audit hook: the suite must pass with the network cut off, so a connection elsewhere fails everywhere."""
     if event == "socket.connect" and isinstance(arguments[1], tuple):
         host = str(arguments[1][0])
         if host != "localhost" and not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
