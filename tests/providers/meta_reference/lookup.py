@@ -7,6 +7,7 @@ the vocabulary each byte is a token for prompts, and each piece of the reply has
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from llama_stack_meta_reference.inference.engine import Engine
@@ -65,16 +66,25 @@ def writing(pieces: Sequence[bytes | SpecialToken], *, ends: bool = True) -> tup
     ids = [SPECIALS[piece] if isinstance(piece, SpecialToken) else FIRST + index for index, piece in enumerate(pieces)]
     last = SPECIALS[END_OF_TURN] if ends else ids[0]
     chain = [ord("\n"), *ids, last]
-    return tokenizer, lookup_llama(dict(zip(chain, chain[1:], strict=False)), tokenizer.vocab_size)
+    return tokenizer, lookup_llama(dict(pairwise(chain)), tokenizer.vocab_size, context=1024)
 
 
-def new_engine(model: Llama, tokenizer: Tokenizer, **settings: int) -> Engine:
-    """An engine with 4 slots of the model's whole context, unless ``settings`` say otherwise."""
+def new_engine(
+    model: Llama,
+    tokenizer: Tokenizer,
+    *,
+    context: int | None = None,
+    max_sequences: int = 4,
+    queue_size: int = 256,
+    prefill_tokens: int = 512,
+) -> Engine:
+    """An engine with 4 slots of the model's whole context, unless told otherwise."""
     return Engine(
         model,
-        context=settings.pop("context", model.config.max_context),
-        max_sequences=settings.pop("max_sequences", 4),
+        context=context or model.config.max_context,
+        max_sequences=max_sequences,
         stop_ids=tokenizer.stop_ids,
-        vocabulary=tokenizer.vocab_size,
-        **settings,
+        vocabulary=min(tokenizer.vocab_size, model.config.vocab_size),
+        queue_size=queue_size,
+        prefill_tokens=prefill_tokens,
     )

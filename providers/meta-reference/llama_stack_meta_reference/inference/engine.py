@@ -175,9 +175,11 @@ class Engine:
         with self._lock:
             if not self.is_running:
                 raise DrainingError(f"the engine of {self.name!r} has been stopped")
+            if self._has_cancelled:
+                self._scheduler.clear_line()
             if self._scheduler.is_full:
                 raise OverloadedError(
-                    f"{self._scheduler.waiting} requests for {self.name!r} are waiting already, as many as may; "
+                    f"model {self.name!r} has its queue full ({self._scheduler.waiting} waiting); "
                     "try again in a moment",
                     retry_after_seconds=2,
                 )

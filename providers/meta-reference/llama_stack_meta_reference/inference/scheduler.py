@@ -95,13 +95,16 @@ class Scheduler:
 
     def drop_cancelled(self) -> list[Sequence]:
         """Forget the cancelled sequences; return those that were running, whose slots the caller frees."""
+        self.clear_line()
         dropped = [sequence for sequence in self.running if sequence.is_cancelled]
         if dropped:
             self.running = [sequence for sequence in self.running if not sequence.is_cancelled]
-        if any(sequence.is_cancelled for request in self._waiting for sequence in request):
-            kept = (deque(s for s in request if not s.is_cancelled) for request in self._waiting)
-            self._waiting = deque(request for request in kept if request)
         return dropped
+
+    def clear_line(self) -> None:
+        """Forget the cancelled sequences that wait, so that their places can be taken."""
+        kept = (deque(s for s in request if not s.is_cancelled) for request in self._waiting)
+        self._waiting = deque(request for request in kept if request)
 
     def drop_waiting(self) -> list[Sequence]:
         """Empty the line; return who stood in it."""

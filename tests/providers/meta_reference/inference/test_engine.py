@@ -72,10 +72,10 @@ def endless(network: type[Llama] = Llama) -> Llama:
     return lookup_llama({ord("\n"): a, a: b, b: a}, byte_tokenizer().vocab_size, network=network)
 
 
-def gated(**settings: int) -> tuple[GatedLlama, Engine]:
+def gated(*, max_sequences: int, queue_size: int = 256) -> tuple[GatedLlama, Engine]:
     model = endless(GatedLlama)
     assert isinstance(model, GatedLlama)
-    return model, new_engine(model, byte_tokenizer(), **settings)
+    return model, new_engine(model, byte_tokenizer(), max_sequences=max_sequences, queue_size=queue_size)
 
 
 def one(prompt: list[int], max_tokens: int = 0, sampling: SamplingParams = GREEDY) -> list[Generation]:
@@ -126,12 +126,9 @@ async def test_answers_in_a_crowd_equal_answers_alone(small_model: Llama) -> Non
     ]
     tokenizer = byte_tokenizer()
 
-    def engine(**settings: int) -> Engine:
-        made = new_engine(small_model, tokenizer, **settings)
-        made._vocabulary = SMALL.vocab_size
-        return made
-
-    async with running(engine(max_sequences=1)) as calm, running(engine(max_sequences=5, prefill_tokens=7)) as busy:
+    slow = new_engine(small_model, tokenizer, max_sequences=1)
+    quick = new_engine(small_model, tokenizer, max_sequences=5, prefill_tokens=7)
+    async with running(slow) as calm, running(quick) as busy:
         alone = [await tokens(calm.submit([request])[0]) for request in requests]
         singles = [busy.submit([request])[0] for request in requests[:12]]
         batch = busy.submit(requests[12:])
@@ -180,7 +177,7 @@ async def test_a_waiting_generation_can_be_cancelled() -> None:
 
 
 async def test_storms_of_cancellations_leave_every_slot_free() -> None:
-    """1,000 clients that leave at any point, in the line, in the prompt, in the answer: the cache is at its baseline."""
+    """1,000 clients that leave anywhere, in the line, the prompt or the answer: the cache is at its baseline."""
     draw = random.Random(3)
     async with running(new_engine(endless(), byte_tokenizer(), max_sequences=3, prefill_tokens=4)) as engine:
 

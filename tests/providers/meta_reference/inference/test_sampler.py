@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from itertools import cycle
 
 import pytest
 import torch
@@ -82,12 +83,12 @@ def test_a_seed_picks_the_same_alone_and_in_any_batch(
 ) -> None:
     """Who else is served must not change an answer that a client asked to be repeatable."""
     logits_RV = torch.tensor(rows)
-    kinds = [("top_p", {"top_p": top_p}), ("top_k", {"top_k": top_k}), ("greedy", {})]
 
     def choices() -> list[Choice]:
+        kinds = [("top_p", top_p, 0), ("top_k", 1.0, top_k), ("greedy", 1.0, 0)]
         return [
-            choice(kinds[row % 3][0], temperature=temperature, seed=(seed + row) % 2**63, **kinds[row % 3][1])
-            for row in range(len(rows))
+            choice(kind, temperature=temperature, top_p=p, top_k=k, seed=(seed + row) % 2**63)
+            for row, (kind, p, k) in zip(range(len(rows)), cycle(kinds), strict=False)
         ]
 
     together = sample(logits_RV, choices())

@@ -85,17 +85,19 @@ def test_a_batch_takes_turns_with_those_who_come_after_it() -> None:
 def test_the_line_is_bounded_beyond_the_free_slots_and_a_batch_is_one_place() -> None:
     """Memory and waiting time are bounded; yet no one is refused while there are slots to be had."""
     subject = scheduler(slots=2, queue_size=1)
+    seen = []
     for _ in range(3):
-        assert not subject.is_full
+        seen.append(subject.is_full)
         subject.add([sequence(1)])
-    assert subject.is_full
+    seen.append(subject.is_full)
     subject.admit(2, count().__next__)
-    assert subject.is_full
+    seen.append(subject.is_full)
     subject.finish(subject.running[0])
-    assert not subject.is_full
+    seen.append(subject.is_full)
     subject.add([sequence(1) for _ in range(9)])
+    seen.append(subject.is_full)
+    assert seen == [False, False, False, True, True, False, True]
     assert subject.waiting == 2
-    assert subject.is_full
 
 
 def test_cancelled_sequences_leave_wherever_they_are() -> None:

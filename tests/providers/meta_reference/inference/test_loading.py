@@ -1,0 +1,128 @@
+"""From a model's configuration to an engine: what is settled, what is said, what is refused."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from llama_stack_meta_reference.config import ModelConfig
+from llama_stack_meta_reference.inference import loading
+from llama_stack_meta_reference.inference.loading import load
+from llama_stack_meta_reference.llama.checkpoint import save_hugging_face
+from llama_stack_meta_reference.llama.model import Llama
+from llama_stack_meta_reference.llama.tokenizer import load_tokenizer
+
+from llama_stack.errors import CheckpointError, SetupError
+from tests.providers.meta_reference import small_tokenizer
+from tests.providers.meta_reference.small_llama import SMALL
+
+NETWORK = replace(SMALL, vocab_size=856)
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    model = Llama(NETWORK, device="cpu", dtype=torch.float32)
+    model.initialize(torch.Generator().manual_seed(0))
+    save_hugging_face(model, tmp_path, eos_ids=[7])
+    small_tokenizer.write_hugging_face(tmp_path)
+    return tmp_path
+
+
+def test_the_plan_is_shown_before_weights_are_read(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Memory is no surprise: device, type, plan and then the time to ready, in this order."""
+    caplog.set_level(logging.INFO)
+    model = load("m", ModelConfig(checkpoint=str(folder), device="cpu", max_sequences=3))
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[0].startswith("model 'm': float32, cpu: weights ")
+    assert "3 x 128 tokens" in lines[0]
+    assert lines[1].startswith("model 'm': ready on cpu in ")
+    assert model.engine.context == 128
+    assert model.plan.weight_bytes == NETWORK.parameter_count * 4
+
+
+def test_generations_end_at_the_tokenizers_and_the_folders_stop_tokens(folder: Path) -> None:
+    """A checkpoint may name further ids that end a generation, beside those of the chat format."""
+    engine = load("m", ModelConfig(checkpoint=str(folder), device="cpu")).engine
+    names = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    assert engine._stop_ids == {7, *(tokenizer.specials[name] for name in names)}
+
+
+@NO_GPU
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_a_gpu_that_is_not_there_is_an_error_and_never_the_cpu(folder: Path, device: str) -> None:
+    """The most common confusion of our peers' users: a silent fall to the CPU."""
+    with pytest.raises(SetupError, match=f"asks for device '{device}'.*set device: cpu or auto"):
+        load("m", ModelConfig(checkpoint=str(folder), device=device))
+
+
+@NO_GPU
+def test_auto_says_that_it_took_the_cpu(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Who asked for nothing is told what was chosen and why."""
+    caplog.set_level(logging.INFO)
+    model = load("m", ModelConfig(checkpoint=str(folder)))
+    assert model.device.type == "cpu"
+    assert "device auto is the CPU" in caplog.text
+    assert model.dtype is torch.float32
+
+
+@GPU
+def test_a_gpu_is_used_where_there_is_one(folder: Path) -> None:
+    """``auto`` and ``cuda`` are the first GPU, in bfloat16; one beyond the last is refused."""
+    for device in ("auto", "cuda"):
+        model = load("m", ModelConfig(checkpoint=str(folder), device=device))
+        assert str(model.device) == "cuda:0"
+        assert model.dtype is torch.bfloat16
+    with pytest.raises(SetupError, match="this machine has"):
+        load("m", ModelConfig(checkpoint=str(folder), device="cuda:99"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_dtype_that_is_asked_for_is_used(folder: Path, dtype: str) -> None:
+    """On the CPU too, though float32 is faster there."""
+    config = ModelConfig.model_validate({"checkpoint": str(folder), "device": "cpu", "dtype": dtype})
+    model = load("m", config)
+    assert str(model.dtype) == f"torch.{dtype}"
+    assert model.plan.weight_bytes == NETWORK.parameter_count * model.dtype.itemsize
+
+
+def test_the_context_is_what_was_asked_for_up_to_what_the_checkpoint_was_made_for(folder: Path) -> None:
+    """Positions beyond the trained ones give nonsense, so more is refused and never cut."""
+    assert load("m", ModelConfig(checkpoint=str(folder), device="cpu", context_tokens=50)).engine.context == 50
+    with pytest.raises(SetupError, match="context_tokens is 129, and the checkpoint was made for 128"):
+        load("m", ModelConfig(checkpoint=str(folder), device="cpu", context_tokens=129))
+
+
+def test_a_context_that_does_not_fit_is_refused_and_by_default_as_much_as_fits_is_taken(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error carries the plan, with the longest context that would fit, before any weight is read."""
+    weights, per_token = NETWORK.parameter_count * 4, 256
+    monkeypatch.setattr(loading, "available_memory", lambda device: weights + 60 * 8 * per_token)
+    asked = ModelConfig(checkpoint=str(folder), device="cpu", context_tokens=61)
+    with pytest.raises(SetupError, match=r"does not fit the memory: .*longest context for 8 at once: 60 tokens"):
+        load("m", asked)
+    assert load("m", asked.model_copy(update={"context_tokens": 60})).engine.context == 60
+    monkeypatch.setattr(loading, "available_memory", lambda device: 2 * (weights + 60 * 8 * per_token))
+    assert load("m", ModelConfig(checkpoint=str(folder), device="cpu")).engine.context == 60
+    monkeypatch.setattr(loading, "available_memory", lambda device: weights)
+    with pytest.raises(SetupError, match="does not fit the memory"):
+        load("m", ModelConfig(checkpoint=str(folder), device="cpu"))
+
+
+def test_a_tokenizer_of_another_model_is_refused(small_checkpoint: Path) -> None:
+    """Ids beyond the embedding would crash the first request that holds them."""
+    small_tokenizer.write_hugging_face(small_checkpoint)
+    with pytest.raises(CheckpointError, match="has 770 tokens, and the network beside it knows 256"):
+        load("m", ModelConfig(checkpoint=str(small_checkpoint), device="cpu"))
+
+
+def test_a_folder_without_a_tokenizer_is_refused(small_checkpoint: Path) -> None:
+    """Weights alone cannot be served, and the error names both files that would do."""
+    with pytest.raises(CheckpointError, match=r"neither tokenizer\.json nor tokenizer\.model"):
+        load("m", ModelConfig(checkpoint=str(small_checkpoint), device="cpu"))
