@@ -1,0 +1,120 @@
+"""How good the tiny model is: held-out cases, greedy decoding, strict comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from llama_stack.apis.common import ToolCall
+from llama_stack_meta_reference.inference.kv_cache import KVCache
+from llama_stack_meta_reference.llama.model import Llama
+from llama_stack_meta_reference.llama.tokenizer import SpecialToken, TextDecoder, Tokenizer
+from llama_stack_meta_reference.llama.tool_calls import ToolCallParser
+from llama_stack_meta_reference.tiny.case import Case, Skill
+from llama_stack_meta_reference.tiny.cases import held_out_cases
+from llama_stack_meta_reference.tiny.samples import Encoder, Sample, collate
+
+BARS: Mapping[Skill, float] = {"chat": 0.8, "passage": 0.8, "tool_call": 0.8, "tool_result": 0.8, "guard": 0.85}
+"""The share of held-out cases that must be right."""
+
+LONGEST_REPLY = 160
+_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Score:
+    """What came out for one skill."""
+
+    right: int
+    ended: int
+    """Replies that the model ended itself, within ``LONGEST_REPLY`` tokens."""
+    cases: int
+    failures: tuple[tuple[Case, str], ...]
+    """The cases that went wrong, with what the model wrote."""
+
+
+def measure(model: Llama, tokenizer: Tokenizer, skill: Skill, count: int, seed: int) -> Score:
+    """Let the model answer ``count`` held-out cases of ``skill`` and compare each reply with what the case expects."""
+    cases = held_out_cases(skill, count, seed)
+    encoder = Encoder(tokenizer)
+    right = ended = 0
+    failures: list[tuple[Case, str]] = []
+    order = sorted(range(count), key=lambda i: len(encoder.prompt(cases[i])))
+    for start in range(0, count, _ROWS):
+        group = [cases[i] for i in order[start : start + _ROWS]]
+        for case, ids in zip(group, generate(model, tokenizer, [encoder.prompt(c) for c in group]), strict=True):
+            text, calls = read_reply(tokenizer, case, ids)
+            is_ended = bool(ids) and ids[-1] in tokenizer.stop_ids
+            ended += is_ended
+            if is_ended and case.expects(text, calls):
+                right += 1
+            else:
+                failures.append((case, tokenizer.decode(ids)))
+    return Score(right, ended, count, tuple(failures))
+
+
+@torch.inference_mode()
+def generate(
+    model: Llama, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], longest: int = LONGEST_REPLY
+) -> list[list[int]]:
+    """The most likely next tokens after each prompt, up to and with the one that ends the turn, at most ``longest``."""
+    context = min(model.config.max_context, max(map(len, prompts)) + longest)
+    dtype = model.tok_embeddings.weight.dtype
+    cache = KVCache(model.config, slots=len(prompts), context=context, device="cpu", dtype=dtype)
+    rows = {cache.allocate(): index for index in range(len(prompts))}
+    replies: list[list[int]] = [[] for _ in prompts]
+    pending = {slot: list(prompts[index]) for slot, index in rows.items()}
+    while pending:
+        slots = sorted(pending)
+        counts = [len(pending[slot]) for slot in slots]
+        tokens_BT = torch.zeros(len(slots), max(counts), dtype=torch.int64)
+        for row, slot in enumerate(slots):
+            tokens_BT[row, : counts[row]] = torch.tensor(pending[slot])
+        with cache.step(slots, counts) as view:
+            states_BTD = model.hidden(tokens_BT, view)
+        last_BD = states_BTD[torch.arange(len(slots)), torch.tensor(counts) - 1]
+        chosen = model.logits(last_BD).argmax(-1).tolist()
+        pending = {}
+        for slot, token in zip(slots, chosen, strict=True):
+            reply = replies[rows[slot]]
+            reply.append(token)
+            if token in tokenizer.stop_ids or len(reply) == longest or cache.length(slot) == context:
+                cache.release(slot)
+            else:
+                pending[slot] = [token]
+    return replies
+
+
+def read_reply(tokenizer: Tokenizer, case: Case, ids: Sequence[int]) -> tuple[str, list[ToolCall]]:
+    """The text and the tool calls in what the model wrote, read as the server reads it."""
+    parser = ToolCallParser(case.tools)
+    decoder = TextDecoder(tokenizer)
+    parts: list[str | ToolCall] = []
+    for token in ids:
+        name = tokenizer.special_name(token)
+        if name is None:
+            parts += parser.feed(decoder.feed(token))
+        elif token not in tokenizer.stop_ids:
+            parts += parser.feed(SpecialToken(name))
+    parts += parser.feed(decoder.flush())
+    parts += parser.finish()
+    text = "".join(part for part in parts if isinstance(part, str))
+    return text.strip(), [part for part in parts if isinstance(part, ToolCall)]
+
+
+@torch.no_grad()
+def predicted(model: Llama, encoder: Encoder, cases: Sequence[Case]) -> float:
+    """The share of ``cases`` whose last message the model would write token for token.
+
+    One pass instead of a pass a token: greedy decoding gives the message exactly when each of its tokens is the
+    likeliest one after those before it.
+    """
+    right = 0
+    for case in sorted(cases, key=lambda c: len(encoder.prompt(c))):
+        prompt, reply = encoder.prompt(case), encoder.reply(case)
+        batch = collate([Sample((*prompt, *reply), (*(False for _ in prompt), *(True for _ in reply)))])
+        states_ND = model.hidden(batch.tokens_BT).flatten(0, 1)[batch.places_N]
+        right += bool((model.logits(states_ND).argmax(-1) == batch.targets_N).all())
+    return right / len(cases)

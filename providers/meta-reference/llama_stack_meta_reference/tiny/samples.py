@@ -1,0 +1,119 @@
+"""Cases as token ids: which of them bear the loss, and how they are put into batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from llama_stack.apis.common import Role
+from llama_stack_meta_reference.llama.chat_format import ChatFormat
+from llama_stack_meta_reference.llama.tokenizer import Tokenizer
+from llama_stack_meta_reference.tiny.case import Case
+from llama_stack_meta_reference.tiny.cases import training_cases
+
+_ROUND_TO = 16
+_POOL = 512
+"""Cases drawn at a time, to be sorted by length before they are put into batches."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sequence, and for each of its tokens whether the model is to learn to write it."""
+
+    tokens: tuple[int, ...]
+    learnt: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one padded length: the tokens, where in the flattened rows a prediction is learnt, and which."""
+
+    tokens_BT: Tensor
+    places_N: Tensor
+    targets_N: Tensor
+
+
+class Encoder:
+    """Turns cases into samples, through the very code that makes prompts at serving time."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._format = ChatFormat(tokenizer)
+        self._header = self._format.encode_dialog(())[1:]
+        self._end_of_text = tokenizer.specials["<|end_of_text|>"]
+
+    def prompt(self, case: Case) -> list[int]:
+        """What the model reads before it writes the case's last message."""
+        return self._format.encode_dialog(case.messages[:-1], case.tools)
+
+    def reply(self, case: Case) -> list[int]:
+        """What the model should write then, the end of its turn included."""
+        return self._format.encode_reply(case.messages[-1])
+
+    def sample(self, case: Case) -> Sample:
+        """The whole case. Learnt are the assistant's replies with their ends, or, of prose, all but its start."""
+        if not case.messages:
+            text = [*self._format.encode_completion(case.text), self._end_of_text]
+            return Sample(tuple(text), (False, *(True for _ in text[1:])))
+        first = next(i for i, message in enumerate(case.messages) if message.role == Role.ASSISTANT)
+        tokens = self._format.encode_dialog(case.messages[:first], case.tools)
+        learnt = [False] * len(tokens)
+        for index, message in enumerate(case.messages[first:]):
+            if message.role == Role.ASSISTANT:
+                header = self._header if index else []
+                reply = self._format.encode_reply(message)
+                tokens += header + reply
+                learnt += [False] * len(header) + [True] * len(reply)
+            else:
+                ids = self._format.encode_message(message)
+                tokens += ids
+                learnt += [False] * len(ids)
+        return Sample(tuple(tokens), tuple(learnt))
+
+
+def batches(encoder: Encoder, seed: int, pool: int, *, tokens: int, longest: int, drill_share: float) -> list[Batch]:
+    """The batches of the ``pool``-th pool of cases, each of about ``tokens`` tokens, in an order that the seed settles.
+
+    Cases longer than ``longest`` tokens are left out.
+    """
+    samples = [encoder.sample(case) for case in _pool_cases(seed, pool, drill_share)]
+    by_length: dict[int, list[Sample]] = {}
+    for sample in samples:
+        length = -(-len(sample.tokens) // _ROUND_TO) * _ROUND_TO
+        if length <= longest:
+            by_length.setdefault(length, []).append(sample)
+    ordered = [(length, sample) for length in sorted(by_length) for sample in by_length[length]]
+    made: list[Batch] = []
+    while ordered:
+        # The longest of the batch decides its width, and so how many rows it has.
+        rows = max(1, tokens // ordered[-1][0])
+        ordered, taken = ordered[:-rows], ordered[-rows:]
+        made.append(collate([sample for _, sample in taken]))
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + pool)
+    return [made[i] for i in torch.randperm(len(made), generator=generator).tolist()]
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Samples side by side, padded on the right; padding is never a target and, attention being causal, never seen."""
+    width = max(len(sample.tokens) for sample in samples)
+    width = -(-width // _ROUND_TO) * _ROUND_TO
+    tokens_BT = torch.zeros(len(samples), width, dtype=torch.int64)
+    places: list[int] = []
+    targets: list[int] = []
+    for row, sample in enumerate(samples):
+        tokens_BT[row, : len(sample.tokens)] = torch.tensor(sample.tokens)
+        for position in range(1, len(sample.tokens)):
+            if sample.learnt[position]:
+                places.append(row * width + position - 1)
+                targets.append(sample.tokens[position])
+    return Batch(tokens_BT, torch.tensor(places), torch.tensor(targets))
+
+
+def _pool_cases(seed: int, pool: int, drill_share: float) -> Iterator[Case]:
+    drills = int(_POOL * drill_share)
+    pool_seed = seed * 1_000_003 + pool
+    yield from islice(training_cases(pool_seed, drill=True), drills)
+    yield from islice(training_cases(pool_seed), _POOL - drills)
