@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import click
@@ -32,7 +34,8 @@ def command(generation: Generation, message: str | None, system: str | None) -> 
             said = sys.stdin.read() if message == "-" else message
             answer(client, model, generation, [*history, Message.user(said)])
             return 0
-        click.echo(f"{model}: type a message; Ctrl-C stops an answer, Ctrl-D leaves.", err=True)
+        if sys.stdin.isatty():
+            click.echo(f"{model}: type a message; Ctrl-C stops an answer, Ctrl-D leaves.", err=True)
         while (said := _ask()) is not None:
             if not said.strip():
                 continue
@@ -74,8 +77,10 @@ def answer(client: Client, model: str, generation: Generation, messages: list[Me
 
 
 def _ask() -> str | None:
+    """The next line, or ``None`` at the end of the input; what is piped in is not asked for."""
+    with suppress(ImportError):  # lets a terminal edit the line, where Python was built with it
+        importlib.import_module("readline")
     try:
-        return input("> ")
+        return input("> " if sys.stdin.isatty() else "")
     except EOFError:
-        click.echo(err=True)
         return None

@@ -298,6 +298,19 @@ async def test_cancelling_a_plain_call_closes_its_connection() -> None:
             await call
 
 
+async def test_closing_the_client_ends_its_streams_with_an_error() -> None:
+    """A stream that was cut must not look like one that came to its end."""
+    async with served(then_silence(event(CHUNK))) as (client, server):
+        stream = await streamed(client)
+        await anext(stream)
+        step = asyncio.create_task(anext(stream))
+        await asyncio.sleep(0)
+        await client.aclose()
+        with pytest.raises(UpstreamError):
+            await step
+        await asyncio.wait_for(server.hung_up.wait(), 5)
+
+
 async def test_whole_and_chunks_say_when_the_reply_is_the_other_kind() -> None:
     """A request that asked for the wrong one is a mistake of the program, found where it is made."""
     async with served(sent_whole(json.dumps(REPLY).encode())) as (client, _):
