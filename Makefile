@@ -11,7 +11,7 @@ PROJECTS := $(wildcard providers/*/pyproject.toml)
 TORCH := torch==2.13.0
 ARGS ?=
 
-.PHONY: setup run test lint tiny bench-server docs clean help
+.PHONY: setup run test lint tiny bench-server bench-footprint clean help
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -34,6 +34,9 @@ tiny: $(VENV)/.run ## train the tiny model again from generated data
 
 bench-server: $(VENV)/.test ## the server's overhead against the smallest FastAPI app
 	@$(VENV)/bin/python benchmarks/server.py $(ARGS)
+
+bench-footprint: $(VENV)/.test ## what the core costs: install size, --help, a server with a stub
+	@$(VENV)/bin/python benchmarks/footprint.py
 
 clean: ## remove the environment
 	rm -rf $(VENV)
