@@ -67,7 +67,7 @@ def help_seconds(python: Path) -> float:
 
 
 def server(python: Path) -> tuple[float, float, str]:
-    """Seconds from the process's start to the first 200 of readiness, its megabytes then, and what heavy it imported."""
+    """Seconds from the start to the first 200 of readiness, its megabytes then, and what heavy it imported."""
     began = time.perf_counter()
     command = [str(python), "-c", SERVER]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
