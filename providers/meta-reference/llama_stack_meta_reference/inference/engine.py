@@ -30,7 +30,7 @@ from .kv_cache import KVCache
 from .sampler import Choice, SampledToken, sample
 from .scheduler import Scheduler, Sequence, Step
 
-logger = logging.getLogger("llama_stack_meta_reference.engine")
+logger = logging.getLogger("llama_stack.meta_reference.engine")
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from ..llama.tokenizer import Tokenizer, load_tokenizer
 from .engine import Engine
 from .memory_plan import MemoryPlan, available_memory, memory_plan
 
-logger = logging.getLogger("llama_stack_meta_reference.loading")
+logger = logging.getLogger("llama_stack.meta_reference.loading")
 
 # How much of the free memory weights and cache may take when the configuration does not fix the context: a step needs
 # some, and a CPU's memory is not ours alone.

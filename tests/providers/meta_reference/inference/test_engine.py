@@ -108,6 +108,19 @@ async def test_max_tokens_bounds_the_answer_and_zero_means_to_the_end_of_the_con
         assert engine.free_slots == 4
 
 
+@pytest.mark.parametrize("prefill_tokens", [3, 512])
+async def test_greedy_tokens_are_those_of_full_passes_without_a_cache(small_model: Llama, prefill_tokens: int) -> None:
+    """The plainest way to generate, run whole for each token, is what all of the engine's machinery must equal."""
+    prompt = [7, 3, 250, 11, 11, 90, 8]
+    text = list(prompt)
+    with torch.inference_mode():
+        for _ in range(64):
+            text.append(int(small_model(torch.tensor([text]))[0, -1].argmax()))
+    tokenizer = byte_tokenizer()
+    async with running(new_engine(small_model, tokenizer, prefill_tokens=prefill_tokens)) as engine:
+        assert await tokens(engine.submit(one(prompt, max_tokens=64))[0]) == text[len(prompt) :]
+
+
 async def test_answers_in_a_crowd_equal_answers_alone(small_model: Llama) -> None:
     """Continuous batching, chunked prompts and other people's sampling may change the speed and nothing else.
 
