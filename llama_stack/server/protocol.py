@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Iterator
 from enum import Enum
 from math import inf
 from typing import Any, TypeAlias
@@ -79,6 +80,8 @@ class LimitedConnection(h11.Connection):
                 self._refuse(TooLargeError("the body comes in too many small chunks"))
         elif type(event) is h11.Request:
             self._chunks = self._body_bytes = 0
+            if event.http_version not in (b"1.1", b"1.0"):
+                self._refuse(RequestError("the request is of a version of HTTP that is not spoken here"))
             size = len(event.target) + sum([len(name) + len(value) + 4 for name, value in event.headers])
             if size > self._max_header_bytes:
                 self._refuse(HeadersTooLargeError(f"the headers are larger than {self._max_header_bytes} bytes"))
@@ -305,13 +308,16 @@ class Connections:
         while True:
             await asyncio.sleep(shortest / 4)
             now = loop.time()
-            for connection in tuple(self._open):
+            for connection in self:
                 connection.check(now)
 
     def abort(self) -> None:
         """Cut off every connection."""
-        for connection in tuple(self._open):
+        for connection in self:
             connection.transport.abort()
+
+    def __iter__(self) -> Iterator[LimitedProtocol]:
+        return iter(tuple(self._open))
 
     def __len__(self) -> int:
         return len(self._open)

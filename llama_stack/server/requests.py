@@ -119,26 +119,23 @@ class Reader:
         declared = exchange.headers.get(b"content-length", b"")
         if declared.isdigit() and (len(declared) > 12 or int(declared) > limit):
             raise TooLargeError(f"the body is larger than {limit} bytes")
-        message = await exchange.receive()
-        if message["type"] == "http.request" and not message.get("more_body", False):
-            body: bytes = message.get("body", b"")
-            if len(body) > limit:
-                raise TooLargeError(f"the body is larger than {limit} bytes")
-            return body
         seconds = self._limits.body_timeout_seconds
-        arrived = exchange.interrupt_after(
-            seconds, RequestTimeoutError(f"the body did not arrive within {seconds:g} seconds")
-        )
-        pieces = bytearray()
-        while message["type"] == "http.request":
-            pieces += message.get("body", b"")
-            if len(pieces) > limit:
+        late = RequestTimeoutError(f"the body did not arrive within {seconds:g} seconds")
+        disarm = exchange.interrupt_after(seconds, late)
+        pieces: list[bytes] = []
+        size = 0
+        while True:
+            message = await exchange.receive()
+            if message["type"] != "http.request":
+                raise ClientGoneError
+            piece: bytes = message.get("body", b"")
+            pieces.append(piece)
+            size += len(piece)
+            if size > limit:
                 raise TooLargeError(f"the body is larger than {limit} bytes")
             if not message.get("more_body", False):
-                arrived()
-                return bytes(pieces)
-            message = await exchange.receive()
-        raise ClientGoneError
+                disarm()
+                return piece if len(pieces) == 1 else b"".join(pieces)
 
     def _validated(self, body: bytes) -> Any:
         parameter = self._operation.body

@@ -50,12 +50,13 @@ class StubInference(Inference):
     """Answers every request with the same pieces, and counts; its attributes may be changed between requests.
 
     ``steps`` are the steps taken, ``finished`` the answers that came to their end and ``stopped`` those that were ended
-    before it. While ``hold`` is an event, each step waits for it. A ``failure`` is raised in place of step ``fail_at``.
+    before it. With ``permits`` each step takes one first, so that a test says when it happens; a ``failure`` is raised in
+    place of step number ``fail_at``.
     """
 
     def __init__(self, config: StubConfig | None = None) -> None:
         self.config = config or StubConfig()
-        self.hold: asyncio.Event | None = None
+        self.permits: asyncio.Semaphore | None = None
         self.failure: Exception | None = None
         self.fail_at = 0
         self.steps = 0
@@ -131,8 +132,8 @@ class StubInference(Inference):
         pieces = self.config.pieces * self.config.repeat
         try:
             for number, piece in enumerate(pieces):
-                if self.hold is not None:
-                    await self.hold.wait()
+                if self.permits is not None:
+                    await self.permits.acquire()
                 if self.config.delay_seconds:
                     await asyncio.sleep(self.config.delay_seconds)
                 if self.failure is not None and number == self.fail_at:

@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx2
@@ -19,6 +19,7 @@ from llama_stack.stack import Stack, running
 from llama_stack.testing.stub_inference import StubInference, StubPlugin
 
 CHAT = {"model": "stub", "dialog": {"message": {"role": "user", "content": "Hi"}}}
+PATIENCE_SECONDS = 20
 CHAT_PATH = "/inference/chat_completion"
 
 
@@ -29,6 +30,7 @@ class Serving:
     listener: Listener
     stub: StubInference
     client: httpx2.AsyncClient
+    opened: list[RawClient] = field(default_factory=list)
 
     @property
     def url(self) -> str:
@@ -37,7 +39,8 @@ class Serving:
     async def connect(self, source: str = "127.0.0.1") -> RawClient:
         """A bare connection, from another loopback address where one is given."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.listener.port, local_addr=(source, 0))
-        return RawClient(reader, writer)
+        self.opened.append(RawClient(reader, writer))
+        return self.opened[-1]
 
 
 @dataclass
@@ -61,15 +64,17 @@ class RawClient:
 
     async def response(self) -> tuple[int, dict[str, str], bytes]:
         """The next response with a content-length."""
-        head = (await self.reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
-        headers = dict(line.lower().split(": ", 1) for line in head[1:] if line)
-        body = await self.reader.readexactly(int(headers.get("content-length", 0)))
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            head = (await self.reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+            headers = dict(line.lower().split(": ", 1) for line in head[1:] if line)
+            body = await self.reader.readexactly(int(headers.get("content-length", 0)))
         return int(head[0].split()[1]), headers, body
 
     async def rest(self) -> bytes:
         """Everything until the server closes."""
         try:
-            return await self.reader.read()
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                return await self.reader.read()
         except ConnectionResetError:
             return b""
 
@@ -103,7 +108,12 @@ async def serving(*, server: dict[str, Any] | None = None, **config: Any) -> Asy
         listening(stack) as listener,
         httpx2.AsyncClient(base_url=listener.url, trust_env=False, timeout=30) as client,
     ):
-        yield Serving(listener, plugin.started[-1], client)
+        served = Serving(listener, plugin.started[-1], client)
+        try:
+            yield served
+        finally:
+            for raw in served.opened:
+                raw.abort()
 
 
 def problem_of(response: httpx2.Response) -> dict[str, Any]:
