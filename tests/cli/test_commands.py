@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 import signal
 import socket
 import subprocess
@@ -9,12 +11,14 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
+import click
 import pytest
 
 from llama_stack import __version__
 from tests.broken_plugins import install
 from tests.cli.conftest import Ran, Run, process, ran_process
 
+COMMANDS = ("run", "check", "list", "schema", "chat", "complete", "version")
 HEAVY = ("pydantic", "fastapi", "starlette", "uvicorn", "sqlalchemy", "httpx2", "torch", "numpy", "yaml", "pluggy")
 
 COMMAND_PLUGIN = """
@@ -53,7 +57,7 @@ def test_help_imports_nothing_heavy() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "LOADED [] False" in ran.stdout
-    for command in ("run", "check", "list", "schema", "chat", "complete", "version"):
+    for command in COMMANDS:
         assert f"  {command} " in ran.stdout
 
 
@@ -65,7 +69,7 @@ def test_no_command_shows_the_help(run: Run, arguments: tuple[str, ...]) -> None
     assert "Commands:" in ran.out
 
 
-@pytest.mark.parametrize("command", ["run", "check", "list", "schema", "chat", "complete", "version"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(run: Run, command: str) -> None:
     """Also without anything installed that it would need to run."""
     ran = run(command, "--help")
@@ -175,3 +179,19 @@ def test_a_command_whose_module_fails_names_its_package(tmp_path: Path) -> None:
     assert (ran.code, ran.out, ran.err.count("\n")) == (1, "", 1)
     assert "acme-wave" in ran.err
     assert "no_such_module_at_all" in ran.err
+
+
+# documentation
+
+
+def test_every_command_and_option_is_on_its_page() -> None:
+    """An option that is not written about is not found."""
+    page = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
+    sections = dict(re.findall(r"^## (\w+)$\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL))
+    for name in COMMANDS:
+        command = importlib.import_module(f"llama_stack.cli.{name}").command
+        shown = [command, *getattr(command, "commands", {}).values()]
+        for option in (flag for each in shown for p in each.params if isinstance(p, click.Option) for flag in p.opts):
+            assert f"`{option}" in sections[name] + page.partition("\n## ")[0], f"{name} {option}"
+        for subcommand in getattr(command, "commands", {}):
+            assert f"`{name} {subcommand}`" in sections[name]
