@@ -27,7 +27,7 @@ from llama_stack.errors import DrainingError, EngineRestartedError, OverloadedEr
 
 from ..llama.model import Llama
 from .kv_cache import KVCache
-from .sampler import Choice, SampledToken, sample
+from .sampler import SampledToken, Sampler, sample
 from .scheduler import Scheduler, Sequence, Step
 
 logger = logging.getLogger("llama_stack.meta_reference.engine")
@@ -195,7 +195,7 @@ class Engine:
         return Sequence(
             prompt=generation.prompt,
             limit=min(generation.max_tokens or room, room),
-            choice=Choice(generation.sampling),
+            sampler=Sampler(generation.sampling),
             wants_logprobs=generation.logprobs,
         )
 
@@ -244,7 +244,7 @@ class Engine:
                 sequence.read += count
             if logits_RV is None:
                 return
-            picked = sample(logits_RV, [s.choice for s in sampled], [s.wants_logprobs for s in sampled])
+            picked = sample(logits_RV, [s.sampler for s in sampled], [s.wants_logprobs for s in sampled])
         with self._lock:
             for sequence, token in zip(sampled, picked, strict=True):
                 self._take(sequence, token)

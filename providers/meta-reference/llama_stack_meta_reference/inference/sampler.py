@@ -35,7 +35,7 @@ class SampledToken:
     """The likeliest tokens, best first, with theirs."""
 
 
-class Choice:
+class Sampler:
     """How one sequence picks its tokens, and its own source of randomness.
 
     ``greedy`` ignores all numbers, and a temperature of 0 is greedy under every strategy. ``top_k`` picks among the k
@@ -51,12 +51,12 @@ class Choice:
         self._random = random.Random(params.seed)  # without a seed: from the system's entropy
 
     def draw(self) -> float:
-        """The next random number from [0, 1); 0 for a greedy choice, which needs none."""
+        """The next random number from [0, 1); 0 for a greedy sampler, which needs none."""
         return 0.0 if self.is_greedy else self._random.random()
 
 
 def sample(
-    logits_RV: Tensor, choices: Sequence[Choice], wants_logprobs: Sequence[bool] | None = None
+    logits_RV: Tensor, samplers: Sequence[Sampler], wants_logprobs: Sequence[bool] | None = None
 ) -> list[SampledToken | None]:
     """Pick one token a row of float32 logits; None for a row whose logits are not finite.
 
@@ -64,9 +64,9 @@ def sample(
     """
     highest_R, greedy_R = logits_RV.max(dim=-1)
     token_R = greedy_R
-    if not all(choice.is_greedy for choice in choices):
-        sampled_R = _sample_random(logits_RV, choices)
-        is_greedy_R = torch.tensor([choice.is_greedy for choice in choices], device=logits_RV.device)
+    if not all(sampler.is_greedy for sampler in samplers):
+        sampled_R = _sample_random(logits_RV, samplers)
+        is_greedy_R = torch.tensor([sampler.is_greedy for sampler in samplers], device=logits_RV.device)
         token_R = torch.where(is_greedy_R, greedy_R, sampled_R)
     # One float64 table holds everything: token ids are far below 2**53.
     columns = [token_R[:, None].double(), highest_R.isfinite()[:, None].double()]
@@ -88,10 +88,10 @@ def sample(
     return picked
 
 
-def _sample_random(logits_RV: Tensor, choices: Sequence[Choice]) -> Tensor:
-    """Return (R,) tokens picked at random; the rows of greedy choices hold anything."""
+def _sample_random(logits_RV: Tensor, samplers: Sequence[Sampler]) -> Tensor:
+    """Return (R,) tokens picked at random; the rows of greedy samplers hold anything."""
     vocabulary = logits_RV.shape[-1]
-    numbers = [(c.temperature, min(c.top_k or vocabulary, vocabulary), c.top_p, c.draw()) for c in choices]
+    numbers = [(c.temperature, min(c.top_k or vocabulary, vocabulary), c.top_p, c.draw()) for c in samplers]
     temperature_R1, top_k_R1, top_p_R1, drawn_R1 = torch.tensor(
         numbers, dtype=torch.float64, device=logits_RV.device
     ).T[..., None]

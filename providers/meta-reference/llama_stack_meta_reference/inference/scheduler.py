@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from .sampler import Choice
+from .sampler import Sampler
 
 
 @dataclass(eq=False)
@@ -23,7 +23,7 @@ class Sequence:
     prompt: list[int]
     limit: int
     """The most tokens to generate; prompt and limit fit the context together."""
-    choice: Choice
+    sampler: Sampler
     wants_logprobs: bool = False
     slot: int = -1
     """Its cache slot while it runs."""

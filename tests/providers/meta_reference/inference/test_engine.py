@@ -243,6 +243,37 @@ async def test_a_step_that_raises_fails_those_in_flight_and_nobody_else(caplog: 
     assert "secret" in caplog.text
 
 
+async def test_under_random_faults_every_client_learns_how_it_ended(caplog: pytest.LogCaptureFixture) -> None:
+    """Of 400 generations, one pass in ten breaks: each gets all its tokens or the typed error, and none hangs."""
+    draw = random.Random(9)
+    model, engine = gated(max_sequences=3)
+    model.is_open = True
+    hidden = model.hidden
+
+    def breaking(tokens_BT: Tensor, cache: CacheView | None = None) -> Tensor:
+        if draw.random() < 0.1:
+            model.fault = RuntimeError("broken")
+        return hidden(tokens_BT, cache)
+
+    model.hidden = breaking  # type: ignore[method-assign]
+    caplog.set_level(logging.CRITICAL + 1)
+
+    async def client() -> str:
+        (ticket,) = engine.submit(one([1] * draw.randint(0, 9) + NEWLINE, max_tokens=4))
+        try:
+            assert await tokens(ticket) == [ord("a"), ord("b"), ord("a"), ord("b")]
+        except EngineRestartedError:
+            return "broken"
+        return "answered"
+
+    async with running(engine):
+        ends = [end for _ in range(20) for end in await asyncio.gather(*(client() for _ in range(20)))]
+        assert len(ends) == 400
+        assert set(ends) == {"answered", "broken"}
+        assert engine.free_slots == 3
+        assert engine.running == engine.waiting == 0
+
+
 async def test_logits_that_are_not_finite_fail_their_own_sequence_alone(caplog: pytest.LogCaptureFixture) -> None:
     """A NaN is an error with a name, never a token; and what it left in the cache reaches nobody."""
     model, engine = gated(max_sequences=2)

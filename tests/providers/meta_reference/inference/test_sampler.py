@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llama_stack_meta_reference.inference.sampler import ALTERNATIVES, Choice, sample
+from llama_stack_meta_reference.inference.sampler import ALTERNATIVES, Sampler, sample
 from torch import Tensor
 
 from llama_stack.apis.common import SamplingParams, SamplingStrategy
@@ -18,11 +18,11 @@ from llama_stack.apis.common import SamplingParams, SamplingStrategy
 LOGITS_V = torch.tensor([0.5, 2.0, -1.0, 1.0, 0.0])
 
 
-def choice(strategy: str = "top_p", **numbers: float | int) -> Choice:
-    return Choice(SamplingParams.model_validate({"strategy": SamplingStrategy(strategy), **numbers}))
+def sampler(strategy: str = "top_p", **numbers: float | int) -> Sampler:
+    return Sampler(SamplingParams.model_validate({"strategy": SamplingStrategy(strategy), **numbers}))
 
 
-def draws(logits_V: Tensor, how: Choice, count: int) -> Counter[int]:
+def draws(logits_V: Tensor, how: Sampler, count: int) -> Counter[int]:
     """How often each token is picked in ``count`` draws."""
     picked = sample(logits_V.expand(count, -1), [how] * count)
     return Counter(token.token for token in picked if token is not None)
@@ -44,9 +44,9 @@ def check_frequencies(found: Counter[int], wanted: dict[int, float]) -> None:
 
 
 @pytest.mark.parametrize(
-    "how", [choice("greedy", temperature=1.0, top_k=3, top_p=0.5), choice("top_p"), choice("top_k", top_k=3)]
+    "how", [sampler("greedy", temperature=1.0, top_k=3, top_p=0.5), sampler("top_p"), sampler("top_k", top_k=3)]
 )
-def test_greedy_and_temperature_zero_pick_the_likeliest_whatever_else_is_said(how: Choice) -> None:
+def test_greedy_and_temperature_zero_pick_the_likeliest_whatever_else_is_said(how: Sampler) -> None:
     """Spec rule G12: greedy ignores the numbers, and the draft's default temperature of 0 means greedy."""
     assert draws(LOGITS_V, how, 20) == {1: 20}
 
@@ -54,18 +54,18 @@ def test_greedy_and_temperature_zero_pick_the_likeliest_whatever_else_is_said(ho
 @pytest.mark.parametrize(
     ("how", "temperature", "kept"),
     [
-        (choice("top_p", temperature=1.0, top_p=1.0, seed=1), 1.0, [0, 1, 2, 3, 4]),
-        (choice("top_p", temperature=1.0, top_p=0.75, seed=2), 1.0, [1, 3]),
-        (choice("top_p", temperature=1.0, top_p=0.0, seed=3), 1.0, [1]),
-        (choice("top_p", temperature=3.0, top_p=0.8, seed=4), 3.0, [0, 1, 3, 4]),
-        (choice("top_k", temperature=1.0, top_k=3, seed=5), 1.0, [0, 1, 3]),
-        (choice("top_k", temperature=0.5, top_k=0, seed=6), 0.5, [0, 1, 2, 3, 4]),
-        (choice("top_k", temperature=1.0, top_k=1_000_000, seed=7), 1.0, [0, 1, 2, 3, 4]),
-        (choice("top_k", temperature=1.0, top_k=2, top_p=0.0, seed=8), 1.0, [1, 3]),
-        (choice("top_p", temperature=1.0, top_p=1.0, top_k=1, seed=9), 1.0, [0, 1, 2, 3, 4]),
+        (sampler("top_p", temperature=1.0, top_p=1.0, seed=1), 1.0, [0, 1, 2, 3, 4]),
+        (sampler("top_p", temperature=1.0, top_p=0.75, seed=2), 1.0, [1, 3]),
+        (sampler("top_p", temperature=1.0, top_p=0.0, seed=3), 1.0, [1]),
+        (sampler("top_p", temperature=3.0, top_p=0.8, seed=4), 3.0, [0, 1, 3, 4]),
+        (sampler("top_k", temperature=1.0, top_k=3, seed=5), 1.0, [0, 1, 3]),
+        (sampler("top_k", temperature=0.5, top_k=0, seed=6), 0.5, [0, 1, 2, 3, 4]),
+        (sampler("top_k", temperature=1.0, top_k=1_000_000, seed=7), 1.0, [0, 1, 2, 3, 4]),
+        (sampler("top_k", temperature=1.0, top_k=2, top_p=0.0, seed=8), 1.0, [1, 3]),
+        (sampler("top_p", temperature=1.0, top_p=1.0, top_k=1, seed=9), 1.0, [0, 1, 2, 3, 4]),
     ],
 )
-def test_tokens_come_as_often_as_the_cut_distribution_says(how: Choice, temperature: float, kept: list[int]) -> None:
+def test_tokens_come_as_often_as_the_cut_distribution_says(how: Sampler, temperature: float, kept: list[int]) -> None:
     """A strategy keeps its own tokens, at their own odds, and ignores the other strategy's number."""
     check_frequencies(draws(LOGITS_V, how, 20_000), expected(LOGITS_V, temperature, kept))
 
@@ -84,15 +84,15 @@ def test_a_seed_picks_the_same_alone_and_in_any_batch(
     """Who else is served must not change an answer that a client asked to be repeatable."""
     logits_RV = torch.tensor(rows)
 
-    def choices() -> list[Choice]:
+    def samplers() -> list[Sampler]:
         kinds = [("top_p", top_p, 0), ("top_k", 1.0, top_k), ("greedy", 1.0, 0)]
         return [
-            choice(kind, temperature=temperature, top_p=p, top_k=k, seed=(seed + row) % 2**63)
+            sampler(kind, temperature=temperature, top_p=p, top_k=k, seed=(seed + row) % 2**63)
             for row, (kind, p, k) in zip(range(len(rows)), cycle(kinds), strict=False)
         ]
 
-    together = sample(logits_RV, choices())
-    alone = [sample(logits_RV[row : row + 1], [how])[0] for row, how in enumerate(choices())]
+    together = sample(logits_RV, samplers())
+    alone = [sample(logits_RV[row : row + 1], [how])[0] for row, how in enumerate(samplers())]
     assert together == alone
     assert all(picked is not None and 0 <= picked.token < 7 for picked in together)
 
@@ -100,7 +100,7 @@ def test_a_seed_picks_the_same_alone_and_in_any_batch(
 def test_without_a_seed_two_sequences_differ() -> None:
     """Fresh entropy each: 64 picks among 1,000 equal tokens agree by chance once in 10^192."""
     flat_V = torch.zeros(1000)
-    first, second = (choice(temperature=1.0, top_p=1.0) for _ in range(2))
+    first, second = (sampler(temperature=1.0, top_p=1.0) for _ in range(2))
     assert [*draws(flat_V, first, 64).elements()] != [*draws(flat_V, second, 64).elements()]
 
 
@@ -109,7 +109,7 @@ def test_a_row_that_is_not_finite_is_told_apart_and_harms_no_other() -> None:
     logits_RV = torch.stack([LOGITS_V, LOGITS_V.clone(), LOGITS_V, LOGITS_V.clone()])
     logits_RV[1, 2] = math.nan
     logits_RV[3, 0] = math.inf
-    seeded = [choice(temperature=1.0, top_p=1.0, seed=7) for _ in range(4)]
+    seeded = [sampler(temperature=1.0, top_p=1.0, seed=7) for _ in range(4)]
     picked = sample(logits_RV, seeded, [True] * 4)
     assert picked[1] is None
     assert picked[3] is None
@@ -120,7 +120,7 @@ def test_a_row_that_is_not_finite_is_told_apart_and_harms_no_other() -> None:
 def test_a_token_of_no_probability_is_never_picked() -> None:
     """A logit of minus infinity is a ban, and the largest random number must not reach past the last allowed token."""
     banned_V = torch.tensor([-math.inf, 1.0, 1.0, -math.inf])
-    how = choice(temperature=1.0, top_p=1.0, seed=11)
+    how = sampler(temperature=1.0, top_p=1.0, seed=11)
     assert set(draws(banned_V, how, 200)) == {1, 2}
     how.draw = lambda: math.nextafter(1.0, 0.0)  # type: ignore[method-assign]  # the largest number there is
     assert set(draws(banned_V, how, 1)) <= {1, 2}
@@ -129,7 +129,7 @@ def test_a_token_of_no_probability_is_never_picked() -> None:
 def test_logprobs_are_the_models_own_and_come_only_where_asked() -> None:
     """Clients compare them between requests, so temperature and cuts must not show in them."""
     logits_RV = torch.stack([LOGITS_V, LOGITS_V])
-    how = [choice("top_k", temperature=5.0, top_k=1, seed=1), choice("greedy")]
+    how = [sampler("top_k", temperature=5.0, top_k=1, seed=1), sampler("greedy")]
     scored, plain = sample(logits_RV, how, [True, False])
     assert scored is not None
     assert plain is not None
