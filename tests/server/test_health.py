@@ -1,0 +1,191 @@
+"""What the server says about itself."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import httpx2
+import pytest
+
+from llama_stack.apis import Inference, NoConfig
+from llama_stack.distribution import Distribution
+from llama_stack.errors import NotFoundError, ProviderStartError, UpstreamError
+from llama_stack.plugins import ProviderSpec, discover, hookimpl
+from llama_stack.registry import Registry
+from llama_stack.server import create_app
+from llama_stack.server.log import JsonFormatter
+from llama_stack.stack import Stack, running
+from llama_stack.testing.stub_inference import StubInference
+from tests.server.serving import CHAT, CHAT_PATH, Serving, problem_of, serving, stub_stack
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+async def served() -> AsyncIterator[Serving]:
+    async with serving() as found:
+        yield found
+
+
+def client_of(stack: Stack) -> httpx2.AsyncClient:
+    return httpx2.AsyncClient(transport=httpx2.ASGITransport(create_app(stack)), base_url="http://localhost")
+
+
+class Moody:
+    """A plugin whose only provider starts when it is told to."""
+
+    def __init__(self, failure: Exception | None = None) -> None:
+        self.may_start = asyncio.Event()
+        self.failure = failure
+
+    @hookimpl
+    def llama_stack_providers(self) -> list[ProviderSpec]:
+        @asynccontextmanager
+        async def start(config: NoConfig) -> AsyncIterator[Inference]:
+            await self.may_start.wait()
+            if self.failure is not None:
+                raise self.failure
+            yield StubInference()
+
+        return [ProviderSpec(api=Inference, name="moody", start=start)]
+
+    def stack(self, *, optional: bool = False) -> Stack:
+        entry = {"provider": "moody", "optional": optional}
+        found = Distribution.model_validate({"version": 1, "name": "moody", "providers": {"inference": [entry]}})
+        return Stack(found, Registry(discover(extra=[self])))
+
+
+async def test_starting_server_lives_and_is_not_ready() -> None:
+    """Live means: do not restart me. Ready means: send me work. A model may take minutes to load."""
+    moody = Moody()
+    stack = moody.stack()
+    async with client_of(stack) as client:
+        starting = asyncio.create_task(stack.start())
+        await asyncio.sleep(0)
+        assert (await client.get("/health/live")).status_code == 200
+        response = await client.get("/health/ready")
+        document = problem_of(response)
+        assert (document["status"], document["error"]["code"]) == (503, "not_ready")
+        assert document["providers"][0]["state"] == "starting"
+        assert response.headers["retry-after"] == "1"
+        assert problem_of(await client.post(CHAT_PATH, json=CHAT))["status"] == 503
+        moody.may_start.set()
+        await starting
+        response = await client.get("/health/ready")
+        assert response.json()["providers"][0]["state"] == "ready"
+        await stack.stop()
+
+
+async def test_failed_required_provider_is_not_ready_and_says_why() -> None:
+    """The reason is the provider's own words where it is one of our errors."""
+    moody = Moody(UpstreamError("the engine at port 9 does not answer"))
+    moody.may_start.set()
+    stack = moody.stack()
+    async with client_of(stack) as client:
+        with pytest.raises(ProviderStartError):
+            await stack.start()
+        document = problem_of(await client.get("/health/ready"))
+        assert document["providers"][0]["reason"] == "the engine at port 9 does not answer"
+        await stack.stop()
+
+
+async def test_failed_optional_provider_is_listed_and_does_not_matter() -> None:
+    """The rest of the stack serves; its own API answers 503 with the reason."""
+    moody = Moody(UpstreamError("the engine does not answer"))
+    moody.may_start.set()
+    stack = moody.stack(optional=True)
+    async with running(stack), client_of(stack) as client:
+        response = await client.get("/health/ready")
+        assert response.status_code == 200
+        assert response.json()["providers"][0]["state"] == "failed"
+        document = problem_of(await client.post(CHAT_PATH, json=CHAT))
+        assert document["error"]["code"] == "provider_unavailable"
+        assert "the engine does not answer" in document["detail"]
+
+
+async def test_providers_are_listed_as_lines_or_as_an_array(served: Serving) -> None:
+    """The server's own lists follow the rule of all lists."""
+    lines = await served.client.get("/providers/list")
+    array = await served.client.get("/providers/list", headers={"accept": "application/json"})
+    assert lines.headers["content-type"] == "application/jsonl"
+    assert [json.loads(line) for line in lines.text.splitlines()] == array.json()
+    assert array.json()[0]["id"] == "stub"
+
+
+async def test_version_names_what_runs(served: Serving) -> None:
+    """For bug reports."""
+    about = (await served.client.get("/version")).json()
+    assert (about["name"], about["specification"], about["distribution"]) == ("llama-stack", "0.0.1", "served")
+
+
+async def test_documents_are_served(served: Serving) -> None:
+    """The draft's operations in one, everything else in the other."""
+    draft = (await served.client.get("/openapi.json")).json()
+    extensions = (await served.client.get("/openapi-ext.json")).json()
+    assert CHAT_PATH in draft["paths"]
+    assert "/inference/embeddings" not in draft["paths"]
+    assert "/inference/embeddings" in extensions["paths"]
+
+
+async def test_metrics_label_routes_by_template_and_never_by_path(served: Serving) -> None:
+    """A client that asks for a million paths must not make a million series."""
+    await served.client.post(f"{CHAT_PATH}/", json=CHAT)
+    await served.client.get("/canary-path?canary=query")
+    await served.client.request("CANARY", "/version")
+    text = (await served.client.get("/metrics")).text
+    assert "canary" not in text.lower()
+    assert f'code="ok",method="POST",route="{CHAT_PATH}",status="200"' in text
+    assert 'code="route_not_found",method="GET",route="unmatched",status="404"' in text
+    assert 'code="method_not_allowed",method="other",route="/version",status="405"' in text
+    assert 'llama_stack_provider_up{api="inference",id="stub",provider="stub"} 1.0' in text
+
+
+async def test_metrics_of_two_servers_in_one_process_are_apart() -> None:
+    """The default registry of the Prometheus client is one a process."""
+    async with serving() as one, serving() as other:
+        await one.client.post(CHAT_PATH, json=CHAT)
+        assert f'route="{CHAT_PATH}"' in (await one.client.get("/metrics")).text
+        assert f'route="{CHAT_PATH}"' not in (await other.client.get("/metrics")).text
+
+
+async def test_every_request_is_one_log_line_without_content(served: Serving, caplog: pytest.LogCaptureFixture) -> None:
+    """Bodies, queries, headers and raw paths hold what is nobody's business but the client's."""
+    caplog.set_level(logging.INFO, "llama_stack.access")
+    body = {"model": "stub", "dialog": {"message": {"role": "user", "content": "canary-body"}}}
+    headers = {"x-request-id": "r-1", "authorization": "Bearer canary-key", "x-other": "canary-header"}
+    await served.client.post(CHAT_PATH, json=body, headers=headers)
+    await served.client.get("/canary-path?canary=query", headers={"x-request-id": "r-2"})
+    served.stub.failure = NotFoundError("canary-detail")
+    await served.client.post(CHAT_PATH, json=body, headers={"x-request-id": "r-3"})
+    records = [record for record in caplog.records if record.name == "llama_stack.access"]
+    lines = [json.loads(JsonFormatter().format(record)) for record in records]
+    assert [(line["id"], line["route"], line["status"], line["code"]) for line in lines] == [
+        ("r-1", CHAT_PATH, 200, "ok"),
+        ("r-2", "unmatched", 404, "route_not_found"),
+        ("r-3", CHAT_PATH, 404, "not_found"),
+    ]
+    assert lines[0]["bytes_out"] == len(
+        b'{"content":"Hello from the stub.","stop_reason":"finished_ok","tool_calls":[]}'
+    )
+    assert lines[0]["bytes_in"] > 0
+    assert lines[0]["duration_ms"] >= 0
+    assert "canary" not in json.dumps(lines)
+
+
+async def test_log_line_keeps_to_one_line_whatever_is_logged() -> None:
+    """A line break in a message would let a client forge a line."""
+    record = logging.LogRecord("llama_stack.server", logging.ERROR, "", 0, 'first\n{"level":"info"}', None, None)
+    assert len(JsonFormatter().format(record).splitlines()) == 1
+
+
+async def test_app_can_be_made_before_the_stack_starts() -> None:
+    """Liveness and readiness answer while providers load."""
+    stack, _ = stub_stack()
+    async with client_of(stack) as client:
+        assert problem_of(await client.post(CHAT_PATH, json=CHAT))["error"]["code"] == "not_ready"
+        async with running(stack):
+            assert (await client.post(CHAT_PATH, json=CHAT)).status_code == 200
