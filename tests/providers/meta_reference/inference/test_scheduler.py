@@ -139,11 +139,10 @@ def test_no_slot_is_lost_shared_or_left_idle_whatever_happens(seed: int) -> None
         is_closing = turn >= 200
         if is_closing and subject.is_idle:
             break
-        if not is_closing and draw.random() < 0.5:
-            if not subject.is_full:
-                arriving = [sequence(draw.randint(1, 60)) for _ in range(draw.choice((1, 1, 1, 7)))]
-                subject.add(arriving)
-                alive += arriving
+        if not is_closing and not subject.is_full and draw.random() < 0.5:
+            arriving = [sequence(draw.randint(1, 60)) for _ in range(draw.choice((1, 1, 1, 7)))]
+            subject.add(arriving)
+            alive += arriving
         if not is_closing and alive and draw.random() < 0.3:
             draw.choice(alive).is_cancelled = True
         for dropped in subject.drop_cancelled():
