@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,6 +15,8 @@ from .loading import LoadedModel
 
 _INLINE_CHARACTERS = 2_000
 """Longer requests are encoded in a thread, so that the event loop is never held."""
+_SHORT_CHARACTERS = 100_000
+"""Longer ones take their turns in one thread of their own, so that a flood of them leaves the processor to others."""
 
 
 @dataclass(frozen=True)
@@ -26,58 +29,66 @@ class _Part:
     encode: Callable[[], list[int]]
 
 
-async def encode_texts(model: LoadedModel, contents: Sequence[tuple[str, Content]]) -> list[list[int]]:
-    """The prompts that continue these texts, each given with its JSON pointer. Raises as ``encode_dialogs``."""
-    _refuse([fault for pointer, content in contents for fault in _attachments(content, pointer)])
-    return await _encode(
-        model,
-        [
+class PromptEncoder:
+    """Encodes the prompts of requests off the event loop. ``close`` ends its thread."""
+
+    def __init__(self) -> None:
+        self._long_prompts = ThreadPoolExecutor(1, "long prompts")
+
+    async def close(self) -> None:
+        """Forget the prompts that wait; return when the one under way is done."""
+        await asyncio.to_thread(self._long_prompts.shutdown, cancel_futures=True)
+
+    async def texts(self, model: LoadedModel, contents: Sequence[tuple[str, Content]]) -> list[list[int]]:
+        """The prompts that continue these texts, each given with its JSON pointer. Raises as ``dialogs``."""
+        _refuse([fault for pointer, content in contents for fault in _attachments(content, pointer)])
+        parts = [
             _Part(pointer, _length(content), partial(model.chat.encode_completion, content))
             for pointer, content in contents
-        ],
-    )
+        ]
+        return await self._encode(parts, model.engine.context)
 
+    async def dialogs(
+        self, model: LoadedModel, dialogs: Sequence[tuple[str, Dialog]], tools: Sequence[ToolDefinition]
+    ) -> list[list[int]]:
+        """The prompts that answer these dialogs, each given with its JSON pointer.
 
-async def encode_dialogs(
-    model: LoadedModel, dialogs: Sequence[tuple[str, Dialog]], tools: Sequence[ToolDefinition]
-) -> list[list[int]]:
-    """The prompts that answer these dialogs, each given with its JSON pointer.
-
-    All of them are checked before any is returned. Raises ``InvalidRequestError`` naming every place that holds what a
-    text model cannot be told, and ``ContextLengthError`` for the first prompt that leaves no room for an answer.
-    """
-    _refuse([fault for pointer, dialog in dialogs for fault in _dialog_faults(dialog, pointer)])
-    # Arguments and tool definitions are objects, whose length as text is not known before they are written.
-    unknown = _INLINE_CHARACTERS if tools else 0
-    return await _encode(
-        model,
-        [
+        All of them are checked before any is returned. Raises ``InvalidRequestError`` naming every place that holds
+        what a text model cannot be told, and ``ContextLengthError`` for the first prompt that leaves no room for an
+        answer.
+        """
+        _refuse([fault for pointer, dialog in dialogs for fault in _dialog_faults(dialog, pointer)])
+        # Arguments and tool definitions are objects, whose length as text is not known before they are written.
+        unknown = _INLINE_CHARACTERS if tools else 0
+        parts = [
             _Part(
                 pointer,
                 unknown + sum(map(_message_length, dialog.messages)),
                 partial(model.chat.encode_dialog, dialog.messages, tools),
             )
             for pointer, dialog in dialogs
-        ],
-    )
+        ]
+        return await self._encode(parts, model.engine.context)
+
+    async def _encode(self, parts: Sequence[_Part], context: int) -> list[list[int]]:
+        def encode_all() -> list[list[int]]:
+            return [_encode_one(part, context) for part in parts]
+
+        characters = sum(part.characters for part in parts) + 50 * len(parts)
+        if characters <= _INLINE_CHARACTERS:
+            return encode_all()
+        if characters <= _SHORT_CHARACTERS:
+            return await asyncio.to_thread(encode_all)
+        return await asyncio.get_running_loop().run_in_executor(self._long_prompts, encode_all)
 
 
-async def _encode(model: LoadedModel, parts: Sequence[_Part]) -> list[list[int]]:
-    def encode_all() -> list[list[int]]:
-        return [_encode_one(model, part) for part in parts]
-
-    if sum(part.characters for part in parts) + 50 * len(parts) <= _INLINE_CHARACTERS:
-        return encode_all()
-    return await asyncio.to_thread(encode_all)
-
-
-def _encode_one(model: LoadedModel, part: _Part) -> list[int]:
+def _encode_one(part: _Part, context: int) -> list[int]:
     try:
         prompt = part.encode()
     except InvalidRequestError as error:
         raise InvalidRequestError(error.detail, faults=[FieldFault(part.pointer, error.code, error.detail)]) from error
-    if len(prompt) >= model.engine.context:
-        raise ContextLengthError(len(prompt), model.engine.context, pointer=part.pointer)
+    if len(prompt) >= context:
+        raise ContextLengthError(len(prompt), context, pointer=part.pointer)
     return prompt
 
 

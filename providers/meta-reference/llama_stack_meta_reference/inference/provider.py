@@ -25,7 +25,7 @@ from llama_stack.errors import ModelNotFoundError
 from ..config import MetaReferenceConfig
 from .engine import Generation, Ticket
 from .loading import LoadedModel, load
-from .prompts import encode_dialogs, encode_texts
+from .prompts import PromptEncoder
 from .reply import Reply
 
 T = TypeVar("T")
@@ -36,18 +36,21 @@ async def serve(config: MetaReferenceConfig) -> AsyncIterator[MetaReferenceInfer
     """Load the configured models one after another, off the event loop, and run their engines for the block."""
     models: dict[str, LoadedModel] = {}
     async with AsyncExitStack() as running:
+        encoder = PromptEncoder()
+        running.push_async_callback(encoder.close)
         for name, model_config in config.models.items():
             model = await asyncio.to_thread(load, name, model_config)
             running.push_async_callback(model.engine.stop)
             model.engine.start()
             models[name] = model
-        yield MetaReferenceInference(models, config.aliases)
+        yield MetaReferenceInference(models, config.aliases, encoder)
 
 
 class MetaReferenceInference(Inference):
     """Serves the models and their aliases; every model answers texts and dialogs alike."""
 
-    def __init__(self, models: dict[str, LoadedModel], aliases: dict[str, str]) -> None:
+    def __init__(self, models: dict[str, LoadedModel], aliases: dict[str, str], encoder: PromptEncoder) -> None:
+        self._encoder = encoder
         self._names = {name: name for name in models} | aliases
         self._models = models
 
@@ -60,7 +63,7 @@ class MetaReferenceInference(Inference):
     ) -> CompletionResponse | AsyncIterator[CompletionResponseStreamChunk]:
         """Continue a text, which may end in the middle of a word."""
         model = self._model(request.model)
-        prompts = await encode_texts(model, [("/content", request.content)])
+        prompts = await self._encoder.texts(model, [("/content", request.content)])
         tickets = _submit(model, prompts, request)
         if request.stream:
             return _Closing(_completion_chunks(tickets[0], Reply(model.tokenizer), request.logprobs), tickets)
@@ -71,7 +74,7 @@ class MetaReferenceInference(Inference):
     ) -> ChatCompletionResponse | AsyncIterator[ChatCompletionResponseStreamChunk]:
         """Answer a dialog; each call of a tool is one whole chunk, and the same streamed or not."""
         model = self._model(request.model)
-        prompts = await encode_dialogs(model, [("/dialog", request.dialog)], request.available_tools)
+        prompts = await self._encoder.dialogs(model, [("/dialog", request.dialog)], request.available_tools)
         tickets = _submit(model, prompts, request)
         reply = Reply(model.tokenizer, request.available_tools)
         if request.stream:
@@ -82,7 +85,7 @@ class MetaReferenceInference(Inference):
         """Continue several texts at a time; one place in the queue for all of them."""
         model = self._model(request.model)
         pointed = [(f"/content_batch/{index}", content) for index, content in enumerate(request.content_batch)]
-        tickets = _submit(model, await encode_texts(model, pointed), request)
+        tickets = _submit(model, await self._encoder.texts(model, pointed), request)
 
         async def lines() -> AsyncGenerator[CompletionResponse, None]:
             for ticket in tickets:
@@ -95,7 +98,7 @@ class MetaReferenceInference(Inference):
         model = self._model(request.model)
         tools: Sequence[ToolDefinition] = request.available_tools
         pointed = [(f"/batch_dialogs/{index}", dialog) for index, dialog in enumerate(request.batch_dialogs)]
-        tickets = _submit(model, await encode_dialogs(model, pointed, tools), request)
+        tickets = _submit(model, await self._encoder.dialogs(model, pointed, tools), request)
 
         async def lines() -> AsyncGenerator[ChatCompletionResponse, None]:
             for ticket in tickets:

@@ -14,6 +14,7 @@ import torch
 from llama_stack_meta_reference.inference.engine import Engine
 from llama_stack_meta_reference.inference.loading import LoadedModel
 from llama_stack_meta_reference.inference.memory_plan import memory_plan
+from llama_stack_meta_reference.inference.prompts import PromptEncoder
 from llama_stack_meta_reference.inference.provider import MetaReferenceInference
 from llama_stack_meta_reference.llama.chat_format import ChatFormat
 from llama_stack_meta_reference.llama.checkpoint import open_checkpoint, save_hugging_face
@@ -81,11 +82,13 @@ async def serving(
         dtype=torch.float32,
         plan=plan,
     )
+    encoder = PromptEncoder()
     engine.start()
     try:
-        yield MetaReferenceInference({"m": loaded}, {"llama3_8b": "m"}), engine
+        yield MetaReferenceInference({"m": loaded}, {"llama3_8b": "m"}, encoder), engine
     finally:
         await engine.stop()
+        await encoder.close()
 
 
 def dialog(content: Content = "hi\n", *history: Message) -> Dialog:
@@ -274,9 +277,9 @@ async def test_batches_answer_in_the_order_of_the_request(tmp_path: Path) -> Non
         assert answers[0].tool_calls
 
 
-def endless() -> tuple[Tokenizer, Llama]:
+def endless(context: int = 256) -> tuple[Tokenizer, Llama]:
     tokenizer = byte_tokenizer()
-    return tokenizer, lookup_llama({ord("\n"): ord("\n")}, tokenizer.vocab_size)
+    return tokenizer, lookup_llama({ord("\n"): ord("\n")}, tokenizer.vocab_size, context)
 
 
 async def drain(stream: AsyncIterator[Any]) -> None:
@@ -459,9 +462,12 @@ async def test_an_engine_fault_in_a_stream_is_a_typed_error(
     assert "not finite" in caplog.text
 
 
-async def test_the_event_loop_is_free_while_a_long_prompt_is_encoded(tmp_path: Path) -> None:
-    """A prompt of megabytes takes seconds to encode; meanwhile others must be answered."""
-    tokenizer, model = endless()
+@pytest.mark.parametrize(("long_prompts", "characters"), [(1, 20_000), (30, 200_000)])
+async def test_others_are_answered_while_long_prompts_are_encoded(
+    tmp_path: Path, long_prompts: int, characters: int
+) -> None:
+    """A prompt of megabytes takes seconds to encode: neither the event loop nor all threads may wait for it."""
+    tokenizer, model = endless(context=1024)
     release = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -472,12 +478,13 @@ async def test_the_event_loop_is_free_while_a_long_prompt_is_encoded(tmp_path: P
 
     waiting = Tokenizer(encode, {byte: bytes([byte]) for byte in range(256)}, tokenizer.specials)
     async with serving(tmp_path, waiting, model) as (provider, _):
-        long = asyncio.create_task(provider.completion(completion(content="x" * 20_000)))
-        assert (await whole_text(provider, completion(max_tokens=1))).content == "\n"
-        assert not long.done()
+        request = completion(content="x" * characters)
+        long = [asyncio.create_task(provider.completion(request)) for _ in range(long_prompts)]
+        with_tools = await whole(provider, chat(available_tools=[WEATHER], max_tokens=1))
+        assert with_tools.stop_reason is StopReason.MAX_TOKENS
+        assert not any(task.done() for task in long)
         release.set()
-        with pytest.raises(ContextLengthError):
-            await long
+        assert {type(error) for error in await asyncio.gather(*long, return_exceptions=True)} == {ContextLengthError}
 
 
 def sent(value: BaseModel) -> Any:
