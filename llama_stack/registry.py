@@ -280,6 +280,11 @@ def needs(start: Start) -> tuple[Need, ...]:
     return tuple(found)
 
 
+def needed_apis(start: Start) -> list[type[Api]]:
+    """The contracts that a start function asks for, also those that it can do without."""
+    return [need.api for need in needs(start) if need.api is not None]
+
+
 def declaration_problems(spec: ProviderSpec | ToolSpec | FaceSpec) -> list[str]:
     """What is wrong with a declaration before anything is started: its needs, its config, and the type it yields."""
     try:
@@ -299,12 +304,17 @@ def declaration_problems(spec: ProviderSpec | ToolSpec | FaceSpec) -> list[str]:
     return problems
 
 
-def check_provider(spec: ProviderSpec, provider: object) -> None:
-    """Raise ``ContractMismatchError`` unless the started object keeps the contract of its API, method by method."""
+def check_provider(spec: ProviderSpec, provider: object, *, is_alone: bool = True) -> None:
+    """Raise ``ContractMismatchError`` unless the started object keeps the contract of its API, method by method.
+
+    One that is not alone, because the distribution has other providers of the API, must also say what it owns.
+    """
     if not isinstance(provider, Api):
         wanted = spec.api.__name__
         raise ContractMismatchError(spec.name, [f"it yields {type(provider).__name__}, not a subclass of {wanted}"])
     problems = contract_problems(type(provider), spec.api)
+    if not is_alone and type(provider).owns is Api.owns and any(op.resource for op in operations(spec.api)):
+        problems.append("owns is missing, by which requests find their provider where an API has several")
     if problems:
         raise ContractMismatchError(spec.name, problems)
 

@@ -1,9 +1,9 @@
 """A running distribution: starts its providers in the order of their needs, and stops them in reverse.
 
-Each provider lives in a task of its own that enters its start function, waits, and leaves it, so that whatever the
-provider opened is closed by the task that opened it. A required provider that does not start stops the whole start; an
-optional one leaves its API answering 503 with the reason and is tried again in the background. Which provider serves a
-request is ``routing``'s; HTTP is ``server``'s.
+Each provider, and each face, lives in a task of its own that enters its start function, waits, and leaves it, so that
+whatever it opened is closed by the task that opened it. A required provider that does not start stops the whole start;
+an optional one leaves its API answering 503 with the reason and is tried again in the background, as is any provider
+that breaks down later. Which provider serves a request is ``routing``'s; HTTP is ``server``'s.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -23,9 +23,15 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from .apis.contract import Api
 from .apis.models import Models
 from .distribution import Distribution
-from .errors import ProviderStartError, ProviderUnavailableError, StackError, UnavailableError
+from .errors import (
+    ContractMismatchError,
+    ProviderStartError,
+    ProviderUnavailableError,
+    StackError,
+    UnavailableError,
+)
 from .plugins import FaceSpec, ProviderSpec
-from .registry import Need, NeedKind, Registry, check_provider, needs
+from .registry import Need, NeedKind, Registry, check_provider, needed_apis, needs
 from .routing import ModelCatalog, route
 
 if TYPE_CHECKING:
@@ -36,6 +42,9 @@ logger = logging.getLogger("llama_stack.stack")
 
 FIRST_RETRY_SECONDS = 1.0
 LONGEST_RETRY_SECONDS = 60.0
+
+SLOW_START_SECONDS = 30.0
+"""How long an optional provider is waited for, and how often it is said that a required one is still starting."""
 
 
 class State(StrEnum):
@@ -63,45 +72,59 @@ class ProviderStatus:
 
 @dataclass(eq=False)
 class Instance:
-    """One provider of the distribution: what it is to be started with, and where it stands."""
+    """One provider or face of the distribution: what it is to be started with, and where it stands."""
 
-    spec: ProviderSpec
+    spec: ProviderSpec | FaceSpec
     plugin: str
     id: str
     config: Any
-    is_optional: bool
+    is_optional: bool = False
+    is_alone: bool = True
+    """Whether no other provider of the distribution serves the same API."""
     state: State = State.STARTING
     reason: str | None = None
     start_seconds: float | None = None
-    provider: Api | None = None
+    started: Any = None
+    """What the start function yielded, while it is up."""
+    error: BaseException | None = None
     settled: asyncio.Event = field(default_factory=asyncio.Event)
     """Set once the first attempt to start has ended, either way."""
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
-    error: BaseException | None = None
+
+    @property
+    def api(self) -> type[Api] | None:
+        """The API that it provides, or ``None`` for a face."""
+        return self.spec.api if isinstance(self.spec, ProviderSpec) else None
+
+    @property
+    def section(self) -> str:
+        """Where the YAML lists it: the name of its API, or ``faces``."""
+        return self.api.name if self.api else "faces"
 
     @property
     def label(self) -> str:
-        """``inference/local``: the instance's name to people, and the owner of its tables."""
-        return f"{self.spec.api.name}/{self.id}"
+        """``inference/local``: the instance's name to people; with a dot, the owner of its tables."""
+        return f"{self.section}/{self.id}"
 
     @property
     def is_running(self) -> bool:
-        return self.provider is not None
+        return self.started is not None
 
-    def running(self) -> Api:
+    def running(self) -> Any:
         """The provider's own object. Raises ``UnavailableError`` with the reason while there is none."""
-        if self.provider is not None:
-            return self.provider
+        if self.started is not None:
+            return self.started
         if self.state is State.FAILED:
-            raise ProviderUnavailableError(
-                f"provider {self.id!r} of {self.spec.api.name!r} is not up: {self.reason}", retry_after_seconds=5
-            )
-        raise UnavailableError(f"provider {self.id!r} of {self.spec.api.name!r} is {self.state.value}")
+            raise ProviderUnavailableError(f"{self} is not up: {self.reason}", retry_after_seconds=5)
+        raise UnavailableError(f"{self} is {self.state.value}")
+
+    def __str__(self) -> str:
+        return f"provider {self.id!r} of {self.section!r}" if self.api else f"face {self.id!r}"
 
     @property
     def status(self) -> ProviderStatus:
         return ProviderStatus(
-            self.spec.api.name,
+            self.section,
             self.spec.name,
             self.id,
             self.plugin,
@@ -113,7 +136,7 @@ class Instance:
 
 
 class Stack:
-    """The providers of one distribution and the APIs that they serve together.
+    """The providers of one distribution and the APIs that they serve together. It is started once.
 
     ``api`` may be called, and its result held, before ``start``: calls are answered 503 until their provider is up.
     """
@@ -125,28 +148,34 @@ class Stack:
         self.state_folder = state_folder or home() / distribution.name
         self.store: Store | None = None
         """Open once a provider that needs it is about to start."""
-        self._instances = [
-            Instance(
-                spec=installed.spec,
-                plugin=installed.plugin.label,
-                id=entry.id or entry.provider,
-                config=installed.spec.config.model_validate(entry.config),
-                is_optional=entry.optional,
-            )
-            for api_name, entries in distribution.providers.items()
-            for entry in entries
-            for installed in [registry.provider(registry.api(api_name), entry.provider)]
-        ]
         by_api: dict[type[Api], list[Instance]] = {}
-        for instance in self._instances:
-            by_api.setdefault(instance.spec.api, []).append(instance)
+        for name, entries in distribution.providers.items():
+            for entry in entries:
+                api = registry.api(name)
+                found = registry.provider(api, entry.provider)
+                config = found.spec.config.model_validate(entry.config)
+                instance = Instance(
+                    found.spec,
+                    found.plugin.label,
+                    entry.id or entry.provider,
+                    config,
+                    is_optional=entry.optional,
+                    is_alone=len(entries) == 1,
+                )
+                by_api.setdefault(api, []).append(instance)
+        self._providers = [instance for instances in by_api.values() for instance in instances]
+        self._faces: list[Instance] = []
+        for face in distribution.faces:
+            installed = registry.face(face.face)
+            config = installed.spec.config.model_validate(face.config)
+            self._faces.append(Instance(installed.spec, installed.plugin.label, face.face, config))
         self._routed: dict[type[Api], Api] = {api: route(api, instances) for api, instances in by_api.items()}
-        self._routed.setdefault(Models, ModelCatalog(self._instances))
-        self.faces: dict[str, Any] = {}
-        """The routers of the faces, by name; filled by ``start``."""
+        self._routed.setdefault(Models, ModelCatalog(self._providers))
+        self._is_started = False
         self._tasks: list[tuple[Instance, asyncio.Task[None]]] = []
-        self._faces = AsyncExitStack()
+        self._opening = asyncio.Lock()
         self._opened = AsyncExitStack()
+        self._store_failed = asyncio.Event()
 
     @property
     def apis(self) -> tuple[type[Api], ...]:
@@ -161,71 +190,119 @@ class Stack:
         return cast(A, routed)
 
     @property
+    def faces(self) -> dict[str, Any]:
+        """The routers of the faces that are up, by name."""
+        return {instance.id: instance.started for instance in self._faces if instance.is_running}
+
+    @property
     def is_ready(self) -> bool:
         """Whether every required provider is up, every optional one has had its try, and the store takes writes."""
-        return all(i.state is State.READY or (i.is_optional and i.state is State.FAILED) for i in self._instances) and (
-            self.store is None or self.store.healthy
+        return (
+            self._is_started
+            and all(i.state is State.READY or (i.is_optional and i.state is State.FAILED) for i in self._providers)
+            and (self.store is None or self.store.healthy)
         )
 
     def status(self) -> list[ProviderStatus]:
         """Every provider and where it stands, in the order of the YAML."""
-        return [instance.status for instance in self._instances]
+        return [instance.status for instance in self._providers]
+
+    async def failed(self) -> None:
+        """Wait until the store has failed for good: from then on only a restart can tell what the disk holds."""
+        await self._store_failed.wait()
 
     async def start(self) -> None:
         """Start all providers, then the faces. Raises ``ProviderStartError`` for what is required and does not start.
 
-        After an error, and at the end, call ``stop`` from the same task.
+        After an error, and at the end, call ``stop``.
         """
-        for instance in start_order(self._instances):
-            arguments = await self._arguments(instance.spec, instance.config, instance.label)
-            task = asyncio.create_task(_run(instance, arguments), name=f"provider {instance.label}")
+        for instance in [*start_order(self._providers), *self._faces]:
+            task = asyncio.create_task(self._run(instance), name=instance.label)
             self._tasks.append((instance, task))
-            await instance.settled.wait()
+            await _first_try(instance)
             if instance.error is not None and not instance.is_optional:
-                raise ProviderStartError(
-                    f"provider {instance.spec.name!r} of {instance.spec.api.name!r} did not start: "
-                    f"{_cause(instance.error)}"
-                ) from instance.error
-        for entry in self.distribution.faces:
-            spec = self.registry.face(entry.face).spec
-            config = spec.config.model_validate(entry.config)
-            arguments = await self._arguments(spec, config, f"faces/{spec.name}")
-            self.faces[spec.name] = await self._faces.enter_async_context(spec.start(**arguments))
+                cause = _cause(instance.error)
+                raise ProviderStartError(f"{instance} did not start: {cause}") from instance.error
+        self._is_started = True
 
     async def stop(self) -> None:
         """Stop the faces, then every provider in the reverse of the order of their start, then close the store."""
-        await self._faces.aclose()
+        self._is_started = False
         while self._tasks:
-            instance, task = self._tasks.pop()
+            instance, task = self._tasks[-1]
             instance.stopping.set()
             if not instance.is_running:  # still starting, or waiting for its next try
                 task.cancel()
+            instance.started, instance.state = None, State.STOPPED
             await asyncio.wait([task])
+            self._tasks.pop()
             if not task.cancelled() and task.exception():
-                logger.error("provider %s failed to stop", instance.label, exc_info=task.exception())
+                logger.error("%s failed to stop", instance, exc_info=task.exception())
         await self._opened.aclose()
         self.store = None
 
-    async def _arguments(self, spec: ProviderSpec | FaceSpec, config: Any, label: str) -> dict[str, Any]:
-        return {need.parameter: await self._resolve(need, config, label) for need in needs(spec.start)}
+    async def _run(self, instance: Instance) -> None:
+        """Hold a provider or face open until it is told to stop, and try again after a failure that ends no start."""
+        retry_seconds = FIRST_RETRY_SECONDS
+        while True:
+            try:
+                return await self._hold(instance)
+            except (Exception, SystemExit, asyncio.CancelledError) as error:
+                if instance.stopping.is_set() or (isinstance(error, asyncio.CancelledError) and _is_cancelled()):
+                    raise
+                was_up, is_first = instance.is_running, not instance.settled.is_set()
+                what = "broke down" if was_up else "did not start"
+                instance.started, instance.state, instance.error = None, State.FAILED, error
+                instance.reason = error.detail if isinstance(error, StackError) else f"it {what}; see the server's log"
+                instance.settled.set()
+                if is_first and not instance.is_optional:
+                    return
+                retry_seconds = FIRST_RETRY_SECONDS if was_up else retry_seconds
+                trace = None if isinstance(error, StackError) else error
+                logger.warning(
+                    "%s %s, next try in %g s: %s", instance, what, retry_seconds, _cause(error), exc_info=trace
+                )
+            await asyncio.sleep(retry_seconds)
+            retry_seconds = min(2 * retry_seconds, LONGEST_RETRY_SECONDS)
 
-    async def _resolve(self, need: Need, config: Any, label: str) -> Any:
+    async def _hold(self, instance: Instance) -> None:
+        began = monotonic()
+        arguments = {n.parameter: await self._argument(n, instance) for n in needs(instance.spec.start)}
+        mismatch: ContractMismatchError | None = None
+        async with instance.spec.start(**arguments) as started:
+            # not raised in here: a start function that catches what is thrown at its yield would hide it
+            mismatch = _mismatch(instance, started)
+            if mismatch is None:
+                instance.started, instance.state, instance.reason = started, State.READY, None
+                instance.start_seconds = monotonic() - began
+                instance.settled.set()
+                await instance.stopping.wait()
+        if not instance.stopping.is_set():
+            raise mismatch or RuntimeError("its start function ended by itself")
+
+    async def _argument(self, need: Need, instance: Instance) -> Any:
         if need.kind is NeedKind.CONFIG:
-            return config
+            return instance.config
         if need.kind is NeedKind.API:
             assert need.api is not None
             return self._routed.get(need.api) if need.is_optional else self.api(need.api)
         store = await self._opened_store()
-        owner = label.replace("/", ".")
+        owner = instance.label.replace("/", ".")
         return store.database(owner) if need.kind is NeedKind.DATABASE else store.blobs(owner)
 
     async def _opened_store(self) -> Store:
-        if self.store is None:
-            from .storage import open_store  # SQLAlchemy loads only when something is to be stored
+        async with self._opening:  # several providers may try again at once
+            if self.store is None:
+                from .storage import open_store  # SQLAlchemy loads only when something is to be stored
 
-            url = self.distribution.storage.url
-            self.store = await self._opened.enter_async_context(open_store(url, self.state_folder))
-        return self.store
+                url = self.distribution.storage.url
+                opening = open_store(url, self.state_folder, on_failure=self._note_failure)
+                self.store = await self._opened.enter_async_context(opening)
+            return self.store
+
+    def _note_failure(self, reason: str) -> None:
+        logger.critical("the store failed: %s", reason)
+        self._store_failed.set()
 
 
 @asynccontextmanager
@@ -245,57 +322,46 @@ def home() -> Path:
 
 def start_order(instances: Sequence[Instance]) -> list[Instance]:
     """The instances, each after those that it needs. Raises ``ProviderStartError`` naming a cycle."""
-    by_api: Mapping[type[Api], list[Instance]] = {
-        api: [i for i in instances if i.spec.api is api] for api in {i.spec.api for i in instances}
-    }
-    graph: TopologicalSorter[Instance] = TopologicalSorter()
-    for instance in instances:
-        needed = [n.api for n in needs(instance.spec.start) if n.kind is NeedKind.API and n.api is not None]
-        graph.add(instance, *(other for api in needed for other in by_api.get(api, ())))
+    graph = {i: [other for other in instances if other.api in needed_apis(i.spec.start)] for i in instances}
     try:
-        return list(graph.static_order())
+        return list(TopologicalSorter(graph).static_order())
     except CycleError as error:
-        circle = " -> ".join(instance.label for instance in error.args[1])
-        raise ProviderStartError(f"providers need each other in a circle: {circle}; break it at one of them") from error
+        circle = " -> ".join(instance.label for instance in reversed(error.args[1]))
+        what = f"providers need one another in a circle: {circle}; break it at one of them"
+        raise ProviderStartError(what) from error
 
 
-async def _run(instance: Instance, arguments: Mapping[str, Any]) -> None:
-    """Hold one provider open until its instance is told to stop; try again while an optional one does not start."""
-    retry_seconds = FIRST_RETRY_SECONDS
-    while not instance.stopping.is_set():
-        began = monotonic()
+async def _first_try(instance: Instance) -> None:
+    """Wait for the first attempt, and say so while it takes long; an optional provider is not waited for any longer."""
+    waited_seconds = 0.0
+    while not instance.settled.is_set():
         try:
-            async with instance.spec.start(**arguments) as provider:
-                check_provider(instance.spec, provider)
-                instance.provider, instance.state, instance.reason = provider, State.READY, None
-                instance.start_seconds = monotonic() - began
-                instance.settled.set()
-                await instance.stopping.wait()
-                instance.provider, instance.state = None, State.STOPPED
-            return
-        except Exception as error:
-            if instance.stopping.is_set():
-                raise
-            instance.provider, instance.state, instance.reason = None, State.FAILED, _shown(error)
-            instance.error = error
-            instance.settled.set()
-            if not instance.is_optional:
-                return
-            logger.warning(
-                "optional provider %s did not start, next try in %g s: %s", instance.label, retry_seconds, _cause(error)
-            )
-        try:
-            async with asyncio.timeout(retry_seconds):
-                await instance.stopping.wait()
+            async with asyncio.timeout(SLOW_START_SECONDS):
+                await instance.settled.wait()
         except TimeoutError:
-            retry_seconds = min(2 * retry_seconds, LONGEST_RETRY_SECONDS)
+            waited_seconds += SLOW_START_SECONDS
+            instance.reason = f"still starting after {waited_seconds:g} s"
+            logger.warning("%s is %s", instance, instance.reason)
+            if instance.is_optional:
+                instance.state = State.FAILED
+                return
 
 
-def _shown(error: Exception) -> str:
-    """What clients may read of a failed start: our own errors' words, nothing of a stranger's."""
-    return error.detail if isinstance(error, StackError) else "it failed to start; the server's log says why"
+def _mismatch(instance: Instance, started: object) -> ContractMismatchError | None:
+    if isinstance(instance.spec, ProviderSpec):
+        try:
+            check_provider(instance.spec, started, is_alone=instance.is_alone)
+        except ContractMismatchError as error:
+            return error
+    return None
+
+
+def _is_cancelled() -> bool:
+    """Whether somebody cancelled this task, other than a library that let its own cancellation out."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _cause(error: BaseException) -> str:
     """What the operator reads of it."""
-    return error.detail if isinstance(error, StackError) else f"{type(error).__name__}: {error}"
+    return error.detail if isinstance(error, StackError) else f"{type(error).__name__}: {error}".removesuffix(": ")

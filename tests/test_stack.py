@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +14,7 @@ import pytest
 from llama_stack.apis import Api, Config, Models, post
 from llama_stack.distribution import Distribution
 from llama_stack.errors import ContractMismatchError, ProviderStartError, ProviderUnavailableError, UnavailableError
-from llama_stack.plugins import ApiSpec, ProviderSpec, discover, hookimpl
+from llama_stack.plugins import ApiSpec, FaceSpec, ProviderSpec, discover, hookimpl
 from llama_stack.registry import Registry
 from llama_stack.stack import Stack, State, running
 from llama_stack.storage import Blobs, Database
@@ -22,7 +22,7 @@ from llama_stack.storage import Blobs, Database
 pytestmark = pytest.mark.anyio
 
 
-class Letters(Api, name="letters"):
+class Letters(Api, name="letters", routed_by="letter"):
     """The lower of two APIs."""
 
     @post("/letters/next")
@@ -60,6 +60,12 @@ class Flaky(Config):
     failures: int = 0
 
 
+class Raising(Config):
+    """What is raised at the start."""
+
+    what: str
+
+
 class World:
     """A plugin whose providers write down what happens to them."""
 
@@ -67,6 +73,7 @@ class World:
         self.events: list[str] = []
         self.attempts = 0
         self.tried = asyncio.Event()
+        self.may_break = asyncio.Event()
 
     def plugin(self) -> object:
         @asynccontextmanager
@@ -115,6 +122,41 @@ class World:
             finally:
                 self.events.append("slow left")
 
+        @asynccontextmanager
+        async def start_raising(config: Raising) -> AsyncIterator[Letters]:
+            if config.what == "exit":
+                raise SystemExit
+            if config.what == "cancelled":
+                raise asyncio.CancelledError
+            yield Alphabet()
+
+        @asynccontextmanager
+        async def start_swallowing() -> AsyncIterator[Letters]:
+            with suppress(Exception):
+                yield Dictionary(None)  # type: ignore[misc]
+
+        @asynccontextmanager
+        async def start_fragile() -> AsyncIterator[Letters]:
+            self.attempts += 1
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self.breaks(self.attempts))
+                yield Alphabet()
+
+        @asynccontextmanager
+        async def start_stored_apart(database: Database) -> AsyncIterator[Letters]:
+            yield Alphabet()
+
+        @asynccontextmanager
+        async def start_face(config: Flaky, letters: Letters) -> AsyncIterator[Any]:
+            if config.failures:
+                raise OSError("no face")
+            yield "the router"
+            raise OSError("the face does not stop")
+
+        @hookimpl
+        def llama_stack_faces() -> Any:
+            yield FaceSpec(name="face", config=Flaky, start=start_face)
+
         @hookimpl
         def llama_stack_apis() -> Any:
             yield ApiSpec(api=Letters)
@@ -127,14 +169,33 @@ class World:
             yield ProviderSpec(api=Letters, name="circular", start=start_circular)
             yield ProviderSpec(api=Letters, name="wrong", start=start_wrong)
             yield ProviderSpec(api=Letters, name="slow", start=start_slow)
+            yield ProviderSpec(api=Letters, name="raising", config=Raising, start=start_raising)
+            yield ProviderSpec(api=Letters, name="swallowing", start=start_swallowing)
+            yield ProviderSpec(api=Letters, name="fragile", start=start_fragile)
+            yield ProviderSpec(api=Letters, name="apart", start=start_stored_apart)
             yield ProviderSpec(api=Words, name="dictionary", start=start_dictionary)
             yield ProviderSpec(api=Words, name="alone", start=start_alone)
 
-        return SimpleNamespace(llama_stack_apis=llama_stack_apis, llama_stack_providers=llama_stack_providers)
+        return SimpleNamespace(
+            llama_stack_apis=llama_stack_apis,
+            llama_stack_providers=llama_stack_providers,
+            llama_stack_faces=llama_stack_faces,
+        )
 
-    def stack(self, folder: Path, **providers: Any) -> Stack:
-        entries = {api: [e if isinstance(e, dict) else {"provider": e}] for api, e in providers.items()}
-        distribution = Distribution.model_validate({"version": 1, "name": "test", "providers": entries})
+    async def breaks(self, attempt: int) -> None:
+        if attempt == 1:
+            await self.may_break.wait()
+            raise OSError("secret: the engine is gone")
+
+    def stack(self, folder: Path, *, faces: Sequence[Any] = (), **providers: Any) -> Stack:
+        entries = {
+            api: [
+                e if isinstance(e, dict) else {"provider": e} for e in (named if isinstance(named, list) else [named])
+            ]
+            for api, named in providers.items()
+        }
+        keys = {"version": 1, "name": "test", "providers": entries, "faces": faces}
+        distribution = Distribution.model_validate(keys)
         plugins = [plugin for plugin in discover([self.plugin()]) if plugin.entry is None]
         return Stack(distribution, Registry(plugins), state_folder=folder)
 
@@ -238,6 +299,128 @@ async def test_a_start_that_hangs_is_cancelled_by_stop(world: World, tmp_path: P
     await asyncio.wait([start])
     await stack.stop()
     assert world.events == ["slow left"]
+
+
+@pytest.mark.parametrize(("what", "cause"), [("cancelled", "CancelledError"), ("exit", "SystemExit")])
+async def test_whatever_a_start_raises_is_named_as_its_failure(
+    what: str, cause: str, world: World, tmp_path: Path
+) -> None:
+    """A library that lets its own cancellation out, or ends the process, must not hang the start or end it mute."""
+    stack = world.stack(tmp_path, letters={"provider": "raising", "config": {"what": what}})
+    with pytest.raises(ProviderStartError, match=f"'raising' of 'letters' did not start: {cause}$"):
+        async with running(stack):
+            pytest.fail("the stack must not run")
+
+
+async def test_a_start_function_that_catches_everything_cannot_hide_a_broken_contract(
+    world: World, tmp_path: Path
+) -> None:
+    """The contract is checked while the provider is open; its own handlers are none of the check's business."""
+    with pytest.raises(ProviderStartError, match="not a subclass|is not"):
+        async with running(world.stack(tmp_path, letters="swallowing")):
+            pytest.fail("the stack must not run")
+
+
+async def test_a_provider_that_breaks_down_is_unavailable_and_started_again(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task group in a start function ends with its first task; the stack must notice, also for a required one."""
+    monkeypatch.setattr("llama_stack.stack.FIRST_RETRY_SECONDS", 0.001)
+    async with running(world.stack(tmp_path, letters="fragile")) as stack:
+        letters = stack.api(Letters)
+        assert await letters.next("a") == "b"
+        world.may_break.set()
+        while stack.is_ready:
+            await asyncio.sleep(0)
+        with pytest.raises(ProviderUnavailableError, match="not up: it broke down; see the server's log"):
+            await letters.next("a")
+        while stack.status()[0].state is not State.READY:
+            await asyncio.sleep(0.001)
+        assert await letters.next("a") == "b"
+        assert world.attempts == 2
+
+
+async def test_an_optional_provider_that_is_slow_to_start_holds_up_nobody(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One hung back end would otherwise keep the whole stack from serving, with nothing that names it."""
+    monkeypatch.setattr("llama_stack.stack.SLOW_START_SECONDS", 0.01)
+    stack = world.stack(tmp_path, letters={"provider": "slow", "optional": True}, words="alone")
+    async with running(stack):
+        assert stack.is_ready
+        assert stack.status()[0].reason == "still starting after 0.01 s"
+    assert "slow left" in world.events
+
+
+async def test_a_required_provider_that_is_slow_to_start_says_so(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights may take minutes to load, so nothing is given up; the operator reads which provider it is."""
+    monkeypatch.setattr("llama_stack.stack.SLOW_START_SECONDS", 0.01)
+    stack = world.stack(tmp_path, letters="slow")
+    start = asyncio.create_task(stack.start())
+    while stack.status()[0].reason != "still starting after 0.02 s":
+        await asyncio.sleep(0)
+    assert (stack.status()[0].state, stack.is_ready) == (State.STARTING, False)
+    start.cancel()
+    await asyncio.wait([start])
+    await stack.stop()
+
+
+async def test_an_optional_provider_waits_for_its_store_too(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A database that is down at the start is one reason more for a provider to be optional."""
+    monkeypatch.setattr("llama_stack.stack.FIRST_RETRY_SECONDS", 0.001)
+    (tmp_path / "state").write_text("a file where the folder belongs")
+    optional = {"provider": "apart", "optional": True}
+    async with running(world.stack(tmp_path / "state", letters=optional, words="alone")) as stack:
+        assert "the state folder" in str(stack.status()[0].reason)
+        assert stack.is_ready
+        (tmp_path / "state").unlink()
+        while stack.status()[0].state is not State.READY:
+            await asyncio.sleep(0.001)
+
+
+async def test_providers_that_do_not_say_what_they_own_cannot_share_an_api(world: World, tmp_path: Path) -> None:
+    """Which of the two a request means could not be told; better at the start than by 501 to every request."""
+    with pytest.raises(ProviderStartError, match="owns is missing"):
+        async with running(world.stack(tmp_path, letters=["alphabet", "stored"])):
+            pytest.fail("the stack must not run")
+
+
+async def test_a_face_that_does_not_start_is_named(world: World, tmp_path: Path) -> None:
+    """The operator asked for it by name."""
+    face = {"face": "face", "config": {"failures": 1}}
+    with pytest.raises(ProviderStartError, match="^face 'face' did not start: OSError: no face$"):
+        async with running(world.stack(tmp_path, faces=[face], letters="alphabet")):
+            pytest.fail("the stack must not run")
+    assert world.events == ["alphabet up", "alphabet down"]
+
+
+async def test_a_face_that_does_not_stop_keeps_no_provider_from_stopping(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A provider may have state to write at its end."""
+    async with running(world.stack(tmp_path, faces=[{"face": "face"}], letters="alphabet")) as stack:
+        assert stack.faces == {"face": "the router"}
+    assert world.events == ["alphabet up", "alphabet down"]
+    assert "face 'face' failed to stop" in caplog.text
+
+
+async def test_a_store_that_fails_is_told_to_whoever_runs_the_stack(world: World, tmp_path: Path) -> None:
+    """After a failed sync only a restart can tell what the disk holds, so the process has to end."""
+    async with running(world.stack(tmp_path, letters="stored")) as stack:
+        failed = asyncio.create_task(stack.failed())
+        await asyncio.sleep(0)
+        assert not failed.done()
+        assert stack.store is not None
+        health = stack.store._health
+        health.fail("the disk failed")
+        health.fail("and again")
+        await failed
+        assert not stack.is_ready
+        assert stack.store.fault == "the disk failed"
 
 
 async def test_an_api_that_the_distribution_does_not_name_is_unavailable(world: World, tmp_path: Path) -> None:

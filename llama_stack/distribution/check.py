@@ -7,7 +7,7 @@ fetched.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 
@@ -16,7 +16,7 @@ from ..apis.contract import Api
 from ..apis.models import Models
 from ..errors import DistributionError, DuplicateProviderError, NotInstalledError, listed
 from ..plugins import FaceSpec, ProviderSpec
-from ..registry import Installed, NeedKind, Registry, declaration_problems, needs
+from ..registry import Installed, Registry, declaration_problems, needed_apis, needs
 from . import nodes
 from .faults import Fault, Mark, Path, in_order, key_path
 from .models import Distribution, PluginFilter
@@ -198,7 +198,7 @@ class _Check:
         if self.serves_unknown:
             return
         for need in needs(spec.start):
-            if need.kind is NeedKind.API and need.api and not need.is_optional and need.api not in self.served:
+            if need.api and not need.is_optional and need.api not in self.served:
                 installed = [found.spec.name for found in self.registry.providers() if found.spec.api is need.api]
                 what = f"{who} needs the API {need.api.name!r}, which has no provider here"
                 self._fault(mark, path, what, f"add a provider of {need.api.name!r}; installed: {listed(installed)}")
@@ -206,7 +206,7 @@ class _Check:
     def _cycles(self, entries: list[_Entry]) -> None:
         left = list(entries)
         while left:
-            graph = {entry: [other for other in left if other.api in _needed(entry)] for entry in left}
+            graph = {entry: [other for other in left if other.api in needed_apis(entry.spec.start)] for entry in left}
             try:
                 TopologicalSorter(graph).prepare()
             except CycleError as error:
@@ -241,7 +241,3 @@ def _text_of(item: Node, key: str) -> Scalar | None:
     """The value of a key where it is text; what else it may be has been reported with the other keys."""
     found = item.entries.get(key) if isinstance(item, nodes.Mapping) else None
     return found if isinstance(found, Scalar) and isinstance(found.value, str) else None
-
-
-def _needed(entry: _Entry) -> Iterator[type[Api]]:
-    return (need.api for need in needs(entry.spec.start) if need.kind is NeedKind.API and need.api)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -51,9 +51,13 @@ def owner_identifier(owner: str) -> str:
 
 
 class Health:
-    """Whether the store can still be trusted with writes; one object for all owners of a store."""
+    """Whether the store can still be trusted with writes; one object for all owners of a store.
 
-    def __init__(self) -> None:
+    ``on_failure`` is called once, with the reason, when it can no longer.
+    """
+
+    def __init__(self, on_failure: Callable[[str], object] | None = None) -> None:
+        self._on_failure = on_failure
         self.fault: str | None = None
         """Why no write is taken any more, or None."""
         self.reachable = True
@@ -73,6 +77,8 @@ class Health:
         """
         if self.fault is None:
             self.fault = reason
+            if self._on_failure is not None:
+                self._on_failure(reason)
         return StoreFailedError(reason)
 
     def require_writable(self) -> None:

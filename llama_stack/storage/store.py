@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -67,13 +67,18 @@ class Store:
 
 @asynccontextmanager
 async def open_store(
-    url: str, folder: Path, *, busy_timeout_seconds: float = BUSY_TIMEOUT_SECONDS
+    url: str,
+    folder: Path,
+    *,
+    busy_timeout_seconds: float = BUSY_TIMEOUT_SECONDS,
+    on_failure: Callable[[str], object] | None = None,
 ) -> AsyncIterator[Store]:
     """Open the store that ``url`` names; it is closed at the end of the block.
 
     ``folder`` is the distribution's state folder, made with mode 0700 when missing. It holds the blobs and, for the url
     ``sqlite``, the file ``store.sqlite``. With ``sqlite::memory:`` both lie in a temporary folder that goes with the
-    block.
+    block. ``on_failure`` is called once, with the reason, when the store takes no write until a restart: end the
+    process then, for what it still holds in memory may be more than the disk has.
 
     Raises ``StoreError`` (a bad url, a file that is not ours), ``StoreTooNewError``, ``StoreUnavailableError``; no
     message holds the url's password.
@@ -82,13 +87,13 @@ async def open_store(
         import tempfile
 
         with tempfile.TemporaryDirectory(prefix="llama-stack-") as temporary:
-            health = Health()
+            health = Health(on_failure)
             served = _sqlite(Path(temporary) / "store.sqlite", health, busy_timeout_seconds, durable=False)
             async with _opened(url, served, health, Path(temporary)) as store:
                 yield store
         return
     await in_thread(_make_folder, folder)
-    health = Health()
+    health = Health(on_failure)
     if url.startswith(("postgresql:", "postgres:")):
         location = _redacted(url)
         served = _postgresql(url, location, health, busy_timeout_seconds)
