@@ -44,7 +44,7 @@ class StackApp(FastAPI):
         for entry in reversed(stack.distribution.middleware):
             spec = stack.registry.middleware(entry.middleware).spec
             inner = spec.wrap(inner, spec.config.model_validate(entry.config))
-        metrics = Metrics(stack)
+        metrics = Metrics(stack, lambda: self.traffic.running)
         sites = Sites(config.host, config.allowed_hosts, config.allowed_origins)
         self.traffic = Traffic(inner, sites, metrics)
         self._routes.add_operations(stack.apis, stack, config, executor)

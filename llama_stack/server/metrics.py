@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -22,7 +22,7 @@ _METHODS = frozenset(("GET", "HEAD", "POST", "DELETE", "OPTIONS"))
 class Metrics:
     """The metrics of one server, in a registry of their own."""
 
-    def __init__(self, stack: Stack) -> None:
+    def __init__(self, stack: Stack, running_now: Callable[[], int]) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_Providers(stack))
         self._requests = Counter(
@@ -40,7 +40,8 @@ class Metrics:
         )
         self._sent = Counter("llama_stack_sent_bytes", "Bytes of answers' bodies.", registry=self._registry)
         self._received = Counter("llama_stack_received_bytes", "Bytes of requests' bodies.", registry=self._registry)
-        self.running = Gauge("llama_stack_requests_running", "Requests being served.", registry=self._registry)
+        running = Gauge("llama_stack_requests_running", "Requests being served.", registry=self._registry)
+        running.set_function(running_now)
         self._children: dict[tuple[str, str, int, str], tuple[Counter, Histogram]] = {}
 
     def count(self, exchange: Exchange, seconds: float) -> None:

@@ -13,7 +13,9 @@ import logging
 import os
 import signal
 import socket
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from types import FrameType
 from typing import Any
@@ -32,6 +34,8 @@ SETTLE_SECONDS = 1.0
 """How long requests that were ended may take to say so."""
 STOP_SECONDS = 3.0
 """How long the providers may take to stop."""
+
+_THREADS = "blocking"
 
 log = logging.getLogger("llama_stack.server")
 Announce = Callable[[str], object]
@@ -204,6 +208,20 @@ class _Server(uvicorn.Server):
 
 
 async def _serve(stack: Stack, config: ServerConfig, on_ready: Announce | None) -> int:
+    threads = ThreadPoolExecutor(thread_name_prefix=_THREADS)
+    asyncio.get_running_loop().set_default_executor(threads)
+    try:
+        code = await _serve_until_told(stack, config, on_ready)
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
+    if await _something_clings():
+        log.error("work that does not end is left behind")
+        logging.shutdown()
+        os._exit(code)  # asyncio and the interpreter would wait for it for ever
+    return code
+
+
+async def _serve_until_told(stack: Stack, config: ServerConfig, on_ready: Announce | None) -> int:
     with _signals() as told_to_stop:
         async with listening(stack, config) as listener:
             holder = asyncio.create_task(_hold(stack, listener, on_ready), name="stack")
@@ -238,6 +256,20 @@ async def _ended(holder: asyncio.Task[None]) -> int:
     return 0
 
 
+async def _something_clings() -> bool:
+    """Whether a task goes on though it was cancelled, or a thread that was handed work does not come back."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    if tasks and (await asyncio.wait(tasks, timeout=SETTLE_SECONDS))[1]:
+        return True
+    for _ in range(20):
+        if not any(thread.name.startswith(_THREADS) for thread in threading.enumerate()):
+            return False
+        await asyncio.sleep(SETTLE_SECONDS / 20)
+    return True
+
+
 @contextmanager
 def _signals() -> Iterator[asyncio.Event]:
     """An event that the first SIGTERM or SIGINT sets; the second ends the process on the spot."""
@@ -247,7 +279,7 @@ def _signals() -> Iterator[asyncio.Event]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         if received:
-            os._exit(128 + number)
+            os._exit(128 + number)  # nothing is waited for any more
         received.append(number)
         loop.call_soon_threadsafe(told.set)
 
