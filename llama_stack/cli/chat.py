@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .generation import Generation, generation_options
-from .output import error
+from ..errors import StackError
+from .generation import Generation, generation_options, readable, text_or_stdin, valid_request
+from .output import error, write
 
 if TYPE_CHECKING:
     from ..apis.common import Message
@@ -25,14 +26,17 @@ if TYPE_CHECKING:
 def command(generation: Generation, message: str | None, system: str | None) -> int:
     """Talk to a model. Ctrl-C stops an answer, Ctrl-D leaves."""
     from ..apis.common import Message
-    from ..errors import StackError
 
-    history = [] if system is None else [Message.system(system)]
+    def user_message(text: str) -> Message:
+        with valid_request():
+            return Message.user(text)
+
+    with valid_request():
+        history = [] if system is None else [Message.system(readable(system))]
     with generation.client() as client:
         model = generation.model_of(client)
         if message is not None:
-            said = sys.stdin.read() if message == "-" else message
-            answer(client, model, generation, [*history, Message.user(said)])
+            answer(client, model, generation, [*history, user_message(text_or_stdin(message))])
             return 0
         if sys.stdin.isatty():
             click.echo(f"{model}: type a message; Ctrl-C stops an answer, Ctrl-D leaves.", err=True)
@@ -40,13 +44,18 @@ def command(generation: Generation, message: str | None, system: str | None) -> 
             if not said.strip():
                 continue
             try:
-                reply = answer(client, model, generation, [*history, Message.user(said)])
+                asked = user_message(said)
+                reply = answer(client, model, generation, [*history, asked])
             except KeyboardInterrupt:
+                if not sys.stdin.isatty():
+                    raise
                 click.echo(" [stopped]", err=True)
             except StackError as refused:
+                if not sys.stdin.isatty():
+                    raise  # nobody is there to try something else
                 error(str(refused))
             else:
-                history += [Message.user(said), reply]
+                history += [asked, reply]
     return 0
 
 
@@ -56,22 +65,22 @@ def answer(client: Client, model: str, generation: Generation, messages: list[Me
     from ..apis.inference import ChatCompletionRequest
     from ..client import chunks
 
-    request = ChatCompletionRequest(
-        model=model,
-        dialog=Dialog(message=messages[-1], message_history=messages[:-1]),
-        sampling_params=generation.sampling_params,
-        max_tokens=generation.max_tokens,
-        stream=True,
-    )
+    with valid_request():
+        request = ChatCompletionRequest(
+            model=model,
+            dialog=Dialog(message=messages[-1], message_history=messages[:-1]),
+            sampling_params=generation.sampling_params,
+            max_tokens=generation.max_tokens,
+            stream=True,
+        )
     text, calls = "", []
     with chunks(client.inference.chat_completion(request)) as stream:
         for chunk in stream:
             text += chunk.text_delta
-            click.echo(chunk.text_delta, nl=False)
+            write(chunk.text_delta)
             if chunk.tool_call is not None:
                 calls.append(chunk.tool_call)
-                click.echo(f"[{chunk.tool_call.tool_name} {json.dumps(chunk.tool_call.arguments)}]", nl=False)
-            sys.stdout.flush()
+                write(f"[{chunk.tool_call.tool_name} {json.dumps(chunk.tool_call.arguments)}]")
     click.echo()
     return Message.assistant(text, calls)
 
@@ -81,6 +90,6 @@ def _ask() -> str | None:
     with suppress(ImportError):  # lets a terminal edit the line, where Python was built with it
         importlib.import_module("readline")
     try:
-        return input("> " if sys.stdin.isatty() else "")
+        return readable(input("> " if sys.stdin.isatty() else ""))
     except EOFError:
         return None

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-
 import click
 
-from .generation import Generation, generation_options
+from .generation import Generation, generation_options, text_or_stdin, valid_request
+from .output import write
 
 
 @click.command(name="complete")
@@ -21,16 +20,17 @@ def command(generation: Generation, text: str) -> int:
     from ..client import chunks
 
     with generation.client() as client:
-        request = CompletionRequest(
-            model=generation.model_of(client),
-            content=sys.stdin.read() if text == "-" else text,
-            sampling_params=generation.sampling_params,
-            max_tokens=generation.max_tokens,
-            stream=True,
-        )
+        model = generation.model_of(client)
+        with valid_request():
+            request = CompletionRequest(
+                model=model,
+                content=text_or_stdin(text),
+                sampling_params=generation.sampling_params,
+                max_tokens=generation.max_tokens,
+                stream=True,
+            )
         with chunks(client.inference.completion(request)) as stream:
             for chunk in stream:
-                click.echo(chunk.text_delta, nl=False)
-                sys.stdout.flush()
+                write(chunk.text_delta)
         click.echo()
     return 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from typing import TYPE_CHECKING, Any
@@ -61,6 +63,39 @@ class Generation:
 
         strategy = SamplingStrategy.TOP_P if self.temperature else SamplingStrategy.GREEDY
         return SamplingParams(strategy=strategy, temperature=self.temperature, seed=self.seed)
+
+
+def text_or_stdin(argument: str) -> str:
+    """The text on the command line, or, for ``-``, all of stdin. Raises ``InvalidRequestError`` if it is not UTF-8."""
+    return _decoded(sys.stdin.buffer.read()) if argument == "-" else readable(argument)
+
+
+def readable(text: str) -> str:
+    """The text, without the marks by which Python carries bytes that are no UTF-8: it raises for those instead."""
+    return _decoded(os.fsencode(text))
+
+
+def _decoded(data: bytes) -> str:
+    from ..errors import InvalidRequestError
+
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise InvalidRequestError(f"the text is not UTF-8: byte {error.start} of it cannot be read") from error
+
+
+@contextmanager
+def valid_request() -> Iterator[None]:
+    """Turn what the contract does not take into an ``InvalidRequestError``."""
+    from pydantic import ValidationError
+
+    from ..errors import InvalidRequestError
+
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        raise InvalidRequestError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 def generation_options(function: Callable[..., int]) -> Callable[..., int]:

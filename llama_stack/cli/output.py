@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 
 import click
+
+_MARKS = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+"""Control characters, which could move the cursor or recolour the terminal, and what stands in for them."""
 
 Row = Mapping[str, str | int | None]
 
@@ -18,6 +22,12 @@ def error(text: str) -> None:
 def warning(text: str) -> None:
     """Say on stderr what does not stop the command."""
     click.echo(f"warning: {_one_line(text)}", err=True)
+
+
+def write(text: str) -> None:
+    """Write what a model says, as it comes. On a terminal a control character becomes a mark, for it is not ours."""
+    sys.stdout.write(text.translate(_MARKS) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
 
 
 def show(rows: Sequence[Row], columns: Iterable[str], *, as_json: bool) -> None:
@@ -34,4 +44,4 @@ def show(rows: Sequence[Row], columns: Iterable[str], *, as_json: bool) -> None:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    return " ".join(text.split()).translate(_MARKS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import suppress
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 T = TypeVar("T")
@@ -40,7 +41,7 @@ class EventLoopThread:
 
     def call_soon(self, function: Callable[[], object]) -> None:
         """Have the loop call the function, without waiting; nothing happens when the thread is closed."""
-        if not self.is_closed:
+        with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(function)
 
     def close(self) -> None:

@@ -32,8 +32,40 @@ def test_a_dash_reads_stdin(
     run: Run, server: Served, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
 ) -> None:
     """A document may be longer than a command line."""
-    monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("from a pipe é".encode())))
     assert run(*arguments, "--url", server.url) == Ran(0, ANSWER, "")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"from a pipe \xff")))
+    ran = run(*arguments, "--url", server.url)
+    assert ran == Ran(1, "", "error: the text is not UTF-8: byte 12 of it cannot be read\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (("--model", ""), "model: String should have at least 1 character"),
+        (("--max-tokens", "9999999999"), "max_tokens: "),
+        (("--model", "a\x00"), "model: "),
+    ],
+)
+def test_what_the_contract_does_not_take_is_refused(
+    run: Run, server: Served, arguments: tuple[str, ...], what: str
+) -> None:
+    """In one line, before anything is sent."""
+    for command in (("chat", "-m", "hi"), ("complete", "hi")):
+        ran = run(*command, "--url", server.url, *arguments)
+        assert (ran.code, ran.out, ran.err.count("\n")) == (1, "", 1)
+        assert ran.err.startswith(f"error: {what}")
+
+
+def test_a_model_cannot_steer_the_terminal(
+    run: Run, server: Served, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Escape sequences in an answer are marks on a terminal, and what they are in a pipe."""
+    pieces = ("a\x1b[31m", "b\r\x9b", "\tc\n")
+    server.stub.config = server.stub.config.model_copy(update={"pieces": pieces})
+    assert run("chat", "-m", "hi", "--url", server.url).out == "".join(pieces) + "\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert run("chat", "-m", "hi", "--url", server.url).out == "a\ufffd[31mb\ufffd\ufffd\tc\n\n"
 
 
 def test_a_failure_in_the_middle_keeps_what_came_and_ends_with_1(run: Run, server: Served) -> None:
@@ -77,9 +109,21 @@ def test_a_conversation_goes_on_after_an_error_and_ends_with_the_input(
         raise EOFError
 
     monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
     ran = run("chat", "--url", server.url, "--system", "Be brief.")
     assert (ran.code, ran.out) == (0, ANSWER * 2)
     assert "error: too busy\n" in ran.err
+
+
+def test_piped_lines_are_a_conversation_that_the_first_error_ends(
+    run: Run, server: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A script must see the failure in the exit code; no prompt stands between the answers."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n"))
+    assert run("chat", "--url", server.url) == Ran(0, ANSWER * 2, "")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\udcff\nthree\n"))
+    ran = run("chat", "--url", server.url)
+    assert ran == Ran(1, ANSWER, "error: the text is not UTF-8: byte 0 of it cannot be read\n")
 
 
 def test_ctrl_c_stops_the_work_on_the_server(server: Served) -> None:

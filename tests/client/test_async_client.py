@@ -22,6 +22,7 @@ from llama_stack.apis.inference import (
 )
 from llama_stack.apis.memory_banks import MemoryBankDocument
 from llama_stack.client import AsyncClient, Stream, Timeouts, chunks, whole
+from llama_stack.distribution import Distribution
 from llama_stack.errors import (
     DeadlineExceededError,
     InvalidRequestError,
@@ -30,8 +31,13 @@ from llama_stack.errors import (
     OverloadedError,
     StackError,
     UnauthenticatedError,
+    UnavailableError,
     UpstreamError,
 )
+from llama_stack.plugins import discover
+from llama_stack.registry import Registry
+from llama_stack.stack import Stack, running
+from llama_stack.testing.stub_inference import StubPlugin
 from tests.client.scripted_server import (
     Answer,
     Received,
@@ -502,25 +508,21 @@ async def test_what_a_server_holds_can_be_asked() -> None:
 # in this process
 
 
-class Here:
-    """The least that a client in this process needs: something that has APIs."""
-
-    def __init__(self, api: Api) -> None:
-        self._api = api
-
-    def api(self, contract: Any) -> Any:
-        assert isinstance(self._api, contract)
-        return self._api
-
-
 async def test_a_client_over_a_stack_hands_out_the_stacks_own_objects() -> None:
-    """No HTTP, no copy, no second meaning."""
-
-    class Local(Weather):
-        async def weather(self, city: str, days: int = 1) -> str:
-            return city
-
-    local = Local()
-    async with AsyncClient.over(Here(local)) as client:
-        assert client.api(Weather) is local
-        assert await client.api(Weather).weather("Bern") == "Bern"
+    """No HTTP, no copy, no second meaning; the client neither starts nor stops the stack."""
+    plugin = StubPlugin()
+    distribution = Distribution.model_validate(
+        {"version": 1, "name": "here", "providers": {"inference": [{"provider": "stub"}]}}
+    )
+    stack = Stack(distribution, Registry(discover([plugin])))
+    async with AsyncClient.over(stack) as client:
+        assert client.inference is stack.api(Inference)
+        with pytest.raises(UnavailableError):
+            await client.inference.models()
+        async with running(stack):
+            request = ChatCompletionRequest(model="stub", dialog=chat().dialog, stream=True)
+            async with chunks(await client.inference.chat_completion(request)) as stream:
+                assert (await anext(stream)).text_delta == "Hello"
+            assert plugin.started[0].stopped == 1
+            with pytest.raises(ModelNotFoundError):
+                await client.inference.chat_completion(chat())
