@@ -31,7 +31,7 @@ import pluggy
 from .apis import APIS
 from .apis.common import Content, ToolDefinition
 from .apis.config import Config, NoConfig
-from .apis.contract import Api
+from .apis.contract import Api, operations
 from .errors import PluginLoadError, nearest
 
 if TYPE_CHECKING:
@@ -99,6 +99,7 @@ class ApiSpec:
     def __post_init__(self) -> None:
         _check_api(self.api)
         _check_name("API", self.api.name)
+        operations(self.api)  # raises TypeError for a signature that says no operation
 
     @property
     def name(self) -> str:

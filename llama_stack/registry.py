@@ -220,15 +220,19 @@ class Registry:
         for spec, key in zip(specs, keys, strict=True):
             if keys.count(key) > 1:
                 raise plugin.fault(f"it declares {_described(spec)} twice", "declare it once")
-        taken = {op.key: api.name for api in APIS for op in operations(api)} if _apis_of(specs) else {}
-        for api in _apis_of(specs):
-            if api in APIS or api.name in {ours.name for ours in APIS}:
+        added = _apis_of(specs)
+        names = {api.name for api in added}
+        # two packages that declare one API are told apart when it is looked up, not here
+        taken = {op.key: op for api in self._contracts() if api.name not in names for op in operations(api)}
+        for api in added:
+            if api.name in {ours.name for ours in APIS}:
                 raise plugin.fault(
                     f"it declares the API {api.name!r}, which llama-stack brings", "give it another name"
                 )
             for operation in operations(api):
-                if operation.key in taken:
-                    what = f"its API {api.name!r} has the operation {operation.key}, which {taken[operation.key]!r} has"
+                other = taken.setdefault(operation.key, operation)
+                if other is not operation:
+                    what = f"its API {api.name!r} has the operation {operation.key}, which {other.api.name!r} has"
                     raise plugin.fault(what, "choose another path")
 
     def _not_installed(self, key: _Key, described: str) -> NotInstalledError:

@@ -11,7 +11,7 @@ list is the lists of all providers joined; and anything else goes to the first.
 from __future__ import annotations
 
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from typing import Any, Protocol, TypeVar, cast
 
 from .apis.contract import Api, Operation, Shape, contract_of, operations
@@ -100,7 +100,9 @@ def _dispatch(operation: Operation) -> Callable[..., Any]:
         arguments = signature.bind(self, *args, **kwargs).arguments
         resource = operation.resource_of(arguments)
         if resource is None and operation.shape is Shape.LINES:
-            return _lines_of_all(operation.name, backends, args, kwargs)
+            # each is asked before the first line: a list that ends early would look whole
+            providers = [backend.running() for backend in backends]
+            return _chained([await getattr(provider, operation.name)(*args, **kwargs) for provider in providers])
         if resource is None:
             return await getattr(backends[0].running(), operation.name)(*args, **kwargs)
         owner = await _owner(operation, resource, backends)
@@ -127,11 +129,9 @@ async def _owner(operation: Operation, resource: str, backends: Sequence[Backend
     raise NotFoundError(f"{word} {resource!r} does not exist here", param=word)
 
 
-async def _lines_of_all(
-    name: str, backends: Sequence[Backend], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> AsyncIterator[Any]:
-    for backend in backends:
-        async for item in await getattr(backend.running(), name)(*args, **kwargs):
+async def _chained(lists: Iterable[AsyncIterator[Any]]) -> AsyncIterator[Any]:
+    for items in lists:
+        async for item in items:
             yield item
 
 

@@ -57,7 +57,7 @@ def fits(given: Any, wanted: Any) -> bool:
 def annotation_of(function: Callable[..., Any], name: str) -> Any:
     """The type that a parameter (or ``return``) is annotated with, or ``inspect.Parameter.empty``.
 
-    Raises ``NameError`` when it names something that the function's module does not have at run time.
+    Raises ``NameError`` when it cannot be read at run time, as when the module lacks something that it names.
     """
     function = inspect.unwrap(function)
     annotations = getattr(function, "__annotations__", {})
@@ -65,7 +65,10 @@ def annotation_of(function: Callable[..., Any], name: str) -> Any:
         return inspect.Parameter.empty
     # one at a time: a class imported for the type checker alone may stand in another annotation
     holder = types.SimpleNamespace(__annotations__={name: annotations[name]})
-    return get_type_hints(holder, globalns=getattr(function, "__globals__", {}), include_extras=True)[name]
+    try:
+        return get_type_hints(holder, globalns=getattr(function, "__globals__", {}), include_extras=True)[name]
+    except Exception as error:  # the text of an annotation is code of the plugin's: it may raise anything
+        raise NameError(str(error)) from error
 
 
 def _methods(contract: type[Api]) -> Iterator[tuple[str, Callable[..., Any]]]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from llama_stack import plugins
-from llama_stack.apis import Api, Config, Safety
+from llama_stack.apis import Api, Config, Safety, post
 from llama_stack.apis.common import Message, Role, ShieldConfig
 from llama_stack.apis.safety import RunShieldRequest
 from llama_stack.distribution import load_distribution
@@ -214,6 +214,14 @@ async def start_bare() -> Any:
     yield None
 
 
+class Untyped(Api, name="untyped"):
+    """A contract that does not say what is sent."""
+
+    @post("/untyped/next")
+    async def next(self, word) -> None:  # type: ignore[no-untyped-def]
+        """The next word."""
+
+
 @pytest.mark.parametrize(
     ("declare", "message"),
     [
@@ -226,6 +234,7 @@ async def start_bare() -> Any:
         (lambda: ProviderSpec(api=Api, name="words", start=start_nothing), "not a contract"),
         (lambda: ProviderSpec(api="safety", name="words", start=start_nothing), "not a contract"),  # type: ignore[arg-type]
         (lambda: ApiSpec(api=Config), "not a contract"),  # type: ignore[arg-type]
+        (lambda: ApiSpec(api=Untyped), "parameter 'word' needs a type"),
         (lambda: ToolSpec(name="dice", start=start_bare), "asynccontextmanager"),
         (lambda: CommandSpec(name="x", help="", target="module"), "MODULE:ATTRIBUTE"),
         (lambda: MiddlewareSpec(name="x", wrap=None), "not a function"),  # type: ignore[arg-type]

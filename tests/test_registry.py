@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Literal
@@ -121,13 +122,43 @@ def test_a_plugin_cannot_take_the_place_of_a_core_api() -> None:
         async def run(self) -> None:
             """Nothing."""
 
+    class TwicePath(Api, name="twice_path"):
+        @post("/twice/run", extension=True)
+        async def run(self) -> None:
+            """Nothing."""
+
+        @post("/twice/run", extension=True)
+        async def run_again(self) -> None:
+            """Nothing."""
+
     for api, cause in (
         (OtherSafety, "which llama-stack brings"),
+        (TwicePath, "POST /twice/run, which 'twice_path'"),
         (SamePath, "POST /safety/run_shield, which 'safety'"),
     ):
         registry = Registry([plugin([ApiSpec(api=api)])])
         assert registry.api("safety") is Safety
         assert cause in registry.faults[0].cause
+
+
+def test_a_path_belongs_to_the_api_that_was_there_first() -> None:
+    """Two APIs of two packages on one path: the server could not tell which of them a request means."""
+
+    class First(Api, name="first"):
+        @post("/shared/run", extension=True)
+        async def run(self) -> None:
+            """Nothing."""
+
+    class Second(Api, name="second"):
+        @post("/shared/run", extension=True)
+        async def run(self) -> None:
+            """Nothing."""
+
+    registry = Registry([plugin([ApiSpec(api=First)], "one"), plugin([ApiSpec(api=Second)], "two")])
+    assert registry.api("first") is First
+    assert [(fault.package, fault.cause) for fault in registry.faults] == [
+        ("two", "its API 'second' has the operation POST /shared/run, which 'first' has")
+    ]
 
 
 def test_needs_are_read_off_the_annotations() -> None:
@@ -166,6 +197,7 @@ def test_a_need_that_nobody_can_meet_names_its_parameter() -> None:
         either: Inference | Safety,
         shield: sample_plugin.WordShield,
         later: "NotImportedHere",  # type: ignore[name-defined]  # noqa: F821, UP037
+        moved: "inspect.NotThere",  # type: ignore[name-defined]  # noqa: UP037
         *rest: Safety,
     ) -> AsyncIterator[Safety]:
         yield sample_plugin.WordShield(())
@@ -179,10 +211,11 @@ def test_a_need_that_nobody_can_meet_names_its_parameter() -> None:
         ("either", "asks for"),
         ("shield", "which is a provider, where its contract Safety belongs"),
         ("later", "cannot be read at run time"),
+        ("moved", "cannot be read at run time"),
         ("rest", "cannot be passed by its name"),
     ):
         assert [p for p in refused.value.problems if p.startswith(f"parameter {parameter!r} ") and phrase in p]
-    assert len(refused.value.problems) == 6
+    assert len(refused.value.problems) == 7
 
 
 class OtherConfig(Config):

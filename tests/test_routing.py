@@ -142,6 +142,14 @@ async def test_a_resource_that_may_belong_to_a_provider_that_is_down_is_unavaila
 
 
 @pytest.mark.anyio
+async def test_a_list_that_would_lack_a_provider_is_unavailable_before_its_first_line() -> None:
+    """Half a list sent with 200 looks like the whole one."""
+    choir = route(Choir, [Backend(Singers("alto")), Backend(None, "second")])
+    with pytest.raises(ProviderUnavailableError, match="second is down"):
+        await choir.all()
+
+
+@pytest.mark.anyio
 async def test_a_single_provider_gets_every_call_as_it_stands() -> None:
     """With one provider nothing is looked up: unknown resources are that provider's to refuse."""
     choir = route(Choir, [Backend(Singers("alto"))])
