@@ -1,14 +1,8 @@
-"""A real server with a scripted model, and the command line as a user calls it."""
+"""A real server with a scripted model, and the command line in this process."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 
@@ -19,19 +13,8 @@ from llama_stack.plugins import discover
 from llama_stack.registry import Registry
 from llama_stack.server import listening
 from llama_stack.stack import Stack, running
-from llama_stack.testing.stub_inference import StubInference, StubPlugin
-
-
-@dataclass(frozen=True)
-class Ran:
-    """What a command did."""
-
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Ran]
+from llama_stack.testing.stub_inference import StubPlugin
+from tests.cli.called import Ran, Run, Served
 
 
 @pytest.fixture
@@ -46,41 +29,6 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
         return Ran(ended.value.code, out, err)
 
     return call
-
-
-@contextmanager
-def process(*arguments: str, site: Path | None = None, home: Path | None = None) -> Iterator[subprocess.Popen[str]]:
-    """The command line in a process of its own; ``site`` is a folder of packages beside the installed ones."""
-    environment = dict(os.environ, PYTHONUNBUFFERED="1")
-    environment["PYTHONPATH"] = os.pathsep.join([str(site)] * (site is not None) + [str(Path.cwd())])
-    if home is not None:
-        environment["LLAMA_STACK_HOME"] = str(home)
-    command = [sys.executable, "-c", "from llama_stack.cli import main; main()", *arguments]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(
-        command, stdout=pipe, stderr=pipe, stdin=subprocess.DEVNULL, text=True, env=environment
-    ) as started:
-        try:
-            yield started
-        finally:
-            started.kill()
-
-
-def ran_process(*arguments: str, site: Path | None = None) -> Ran:
-    """What the command line did in a process of its own."""
-    with process(*arguments, site=site) as started:
-        out, err = started.communicate(timeout=60)
-    return Ran(started.returncode, out, err)
-
-
-@dataclass(frozen=True)
-class Served:
-    """A server that runs, and the model behind it."""
-
-    url: str
-    stub: StubInference
-    thread: EventLoopThread
-    """The thread that the server runs in."""
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llama_stack.errors import OverloadedError
-from tests.cli.conftest import Ran, Run, Served, process
+from tests.cli.called import Ran, Run, Served, process
 
 ANSWER = "Hello from the stub.\n"
 

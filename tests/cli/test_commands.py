@@ -17,7 +17,7 @@ import pytest
 
 from llama_stack import __version__
 from tests.broken_plugins import install
-from tests.cli.conftest import Ran, Run, process, ran_process
+from tests.cli.called import Ran, Run, process, ran_process
 
 COMMANDS = ("run", "check", "list", "schema", "chat", "complete", "version")
 HEAVY = ("pydantic", "fastapi", "starlette", "uvicorn", "sqlalchemy", "httpx2", "torch", "numpy", "yaml", "pluggy")

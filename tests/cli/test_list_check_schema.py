@@ -9,7 +9,7 @@ import pytest
 
 from llama_stack.apis import APIS, operations
 from tests.broken_plugins import install
-from tests.cli.conftest import Ran, Run, Served, ran_process
+from tests.cli.called import Ran, Run, Served, ran_process
 
 
 def rows(ran: Ran) -> list[dict[str, object]]:

@@ -9,7 +9,7 @@ import urllib.request
 from pathlib import Path
 
 from tests.broken_plugins import install
-from tests.cli.conftest import Run, Served, process
+from tests.cli.called import Run, Served, process
 
 STUB = """
 version: 1
