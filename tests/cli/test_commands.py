@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import signal
 import socket
@@ -10,7 +11,6 @@ import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from time import perf_counter
 
 import click
 import pytest
@@ -63,15 +63,17 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 def test_help_takes_under_four_tenths_of_a_second() -> None:
-    """A bound that the project promises; the best of ten, for other programs share the machine."""
+    """A bound that the project promises; in processor time, the best of five, for other programs share the machine."""
     script = Path(sys.executable).with_name("llama-stack")
 
     def seconds() -> float:
-        began = perf_counter()
-        subprocess.run([script, "--help"], stdout=subprocess.DEVNULL, check=True)
-        return perf_counter() - began
+        with subprocess.Popen([script, "--help"], stdout=subprocess.DEVNULL) as started:
+            _, status, used = os.wait4(started.pid, 0)
+            started.returncode = os.waitstatus_to_exitcode(status)
+        assert started.returncode == 0
+        return used.ru_utime + used.ru_stime
 
-    assert min(seconds() for _ in range(10)) < 0.4
+    assert min(seconds() for _ in range(5)) < 0.4
 
 
 @pytest.mark.parametrize("arguments", [(), ("list",)])
