@@ -6,13 +6,13 @@ layers split it.
     tok_embeddings           columns in older releases, rows (the vocabulary) in newer ones: told apart by shape
     norms                    whole, on every rank
 
-These files are pickles. They are read with ``weights_only`` by a torch without the known holes in it, from a plain zip
-archive whose sizes were checked first; nothing else in a pickle is built.
+These files are pickles. They are read with ``weights_only``, by a torch without the known holes in it, after
+``shard_archive`` has looked through the archive. That is for folders that the operator names in the distribution: no
+request can name one.
 """
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -23,12 +23,10 @@ from torch.torch_version import TorchVersion
 from llama_stack.errors import CheckpointError
 
 from .config import LlamaConfig
+from .shard_archive import check_archive, first_line
 
 # Below this, weights_only could be led out of its limits (CVE-2025-32434, CVE-2026-24747).
 _OLDEST_TORCH = "2.10"
-# The pickle of a shard names its tensors; Llama 3.1 405B's needs 250 kB.
-_LARGEST_PICKLE_BYTES = 16_000_000
-_MOST_ARCHIVE_MEMBERS = 100_000
 # Angles that old releases stored beside the weights; they follow from params.json.
 _IGNORED = frozenset({"rope.freqs"})
 
@@ -77,7 +75,7 @@ class MetaShards:
         axis = self._axis(name, tuple(weight.shape))
         if axis is None:
             first, *others = self._parts(name)
-            if not all(torch.equal(first, other) for other in others):
+            if not all(_are_same(first, other) for other in others):
                 raise CheckpointError(
                     f"{self.paths[0].parent}: {name} differs between shards: they are of different models"
                 )
@@ -109,53 +107,26 @@ class MetaShards:
         return [shard[name] for shard in self._shards]
 
 
+def _are_same(one: Tensor, other: Tensor) -> bool:
+    """Whether the numbers are equal, NaN included, in whichever types the ranks store them."""
+    return torch.allclose(one.double(), other.double(), rtol=0, atol=0, equal_nan=True)
+
+
 def _load_shard(path: Path) -> Mapping[str, Tensor]:
     if TorchVersion(torch.__version__) < _OLDEST_TORCH:
         raise CheckpointError(
             f"{path}: .pth files are read only with torch {_OLDEST_TORCH} or newer; found {torch.__version__}"
         )
-    _check_archive(path)
+    check_archive(path)
     try:
         shard = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged archive fails in many ways, none of which torch documents
         raise CheckpointError(
-            f"{path}: torch cannot load it as plain weights: {type(error).__name__}: {_first_line(error)}"
+            f"{path}: torch cannot load it as plain weights: {type(error).__name__}: {first_line(error)}"
         ) from None
     if not isinstance(shard, dict) or not shard:
         raise CheckpointError(f"{path}: must hold a dictionary of tensors; found {type(shard).__name__}")
     for name, tensor in shard.items():
-        is_plain = isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout is torch.strided
-        if not is_plain or tensor.is_quantized or not tensor.is_floating_point():
+        if not (isinstance(name, str) and isinstance(tensor, Tensor) and tensor.is_floating_point()):
             raise CheckpointError(f"{path}: {name!r} is not a plain floating-point tensor")
     return shard
-
-
-def _check_archive(path: Path) -> None:
-    """Refuse what torch.load would unpack before looking: compressed members, a huge pickle, anything but a zip."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError) as error:
-        raise CheckpointError(
-            f"{path}: not a complete zip archive as torch.save writes it: cut short, or of another kind "
-            f"({_first_line(error)})"
-        ) from None
-    if len(members) > _MOST_ARCHIVE_MEMBERS:
-        raise CheckpointError(f"{path}: {len(members)} archive members; at most {_MOST_ARCHIVE_MEMBERS} are read")
-    stored_bytes = 0
-    for member in members:
-        if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
-            raise CheckpointError(
-                f"{path}: archive member {member.filename[:80]!r} is compressed; torch.save never does that"
-            )
-        if member.filename.endswith(".pkl") and member.file_size > _LARGEST_PICKLE_BYTES:
-            raise CheckpointError(
-                f"{path}: a pickle of {member.file_size} bytes; at most {_LARGEST_PICKLE_BYTES} are read"
-            )
-        stored_bytes += member.file_size
-    if stored_bytes > path.stat().st_size:
-        raise CheckpointError(f"{path}: its members claim {stored_bytes} bytes, more than the file has")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:200]
