@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 from sqlalchemy import event, text
@@ -38,6 +39,9 @@ CONNECTIONS = 10
 
 CONNECT_TIMEOUT_SECONDS = 10.0
 
+RECONNECT_SECONDS = 2.0
+"""How often a server that was lost is looked for: with readiness at 503 no request comes to find it."""
+
 # PostgreSQL error codes, appendix A of its manual. Two characters are a class.
 _DISK_FULL = "53100"
 _WAITED_TOO_LONG = ("55P03", "40001", "40P01")
@@ -60,6 +64,7 @@ class PostgresqlConnections:
         self._health = health
         self._turns = Turns(busy_timeout_seconds)
         self._busy_timeout_seconds = busy_timeout_seconds
+        self._search: asyncio.Task[None] | None = None
         self._engine = create_async_engine(
             "postgresql+asyncpg://",
             async_creator=self._connect,
@@ -75,8 +80,7 @@ class PostgresqlConnections:
     async def prepare(self) -> None:
         """Reach the server once. Raises ``StoreUnavailableError``, which tells the operator where and why."""
         try:
-            async with self.reading() as connection:
-                await connection.exec_driver_sql("SELECT 1")
+            await self._reach()
         except StoreUnavailableError as error:
             cause = error.__cause__ or error
             raise StoreUnavailableError(
@@ -108,7 +112,26 @@ class PostgresqlConnections:
 
     async def close(self) -> None:
         """Close every connection."""
+        if self._search is not None:
+            self._search.cancel()
+            await asyncio.wait([self._search])
         await self._engine.dispose()
+
+    async def _reach(self) -> None:
+        async with self.reading() as connection:
+            await connection.exec_driver_sql("SELECT 1")
+
+    def _lose(self) -> None:
+        """Note that the server cannot be reached, and look for it until it is back."""
+        self._health.reachable = False
+        if self._search is None or self._search.done():
+            self._search = asyncio.create_task(self._look(), name="look for the database server")
+
+    async def _look(self) -> None:
+        while not self._health.reachable:
+            await asyncio.sleep(RECONNECT_SECONDS)
+            with suppress(StackError):
+                await self._reach()
 
     async def _connect(self) -> Any:
         try:
@@ -122,7 +145,7 @@ class PostgresqlConnections:
                 },
             )
         except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, ValueError) as error:
-            self._health.reachable = False
+            self._lose()
             # Without the cause, which names hosts: a client may see this.
             raise StoreUnavailableError("the database server cannot be reached") from error
         return connection
@@ -143,7 +166,7 @@ class PostgresqlConnections:
             connection is not None and connection.get_execution_options().get("postgresql_readonly")
         )
         if context.is_disconnect or is_standby or state.startswith(_NOT_NOW):
-            self._health.reachable = False
+            self._lose()
             return StoreUnavailableError(
                 "the database broke off; if it was committing, the change may be applied or not"
             )

@@ -49,12 +49,6 @@ class Store:
         """Why the store takes no write until a restart, or None."""
         return self._health.fault
 
-    async def probe(self) -> None:
-        """Read once, for readiness. Raises the ``StackError`` that a request would meet."""
-        self._health.require_writable()
-        async with self._connections.reading() as connection:
-            await connection.exec_driver_sql("SELECT 1")
-
     def _claim(self, owner: str) -> str:
         identifier = owner_identifier(owner)
         if owner == CORE_OWNER:

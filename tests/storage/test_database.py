@@ -296,9 +296,8 @@ async def test_a_table_name_that_is_no_plain_identifier_is_refused(notes: Databa
         notes.name(table)
 
 
-async def test_the_store_probes_ready_and_says_where_it_is(store: Store) -> None:
-    """Readiness asks this."""
-    await store.probe()
+async def test_the_store_is_healthy_and_says_where_it_is(store: Store) -> None:
+    """Readiness reads the one, the operator the other."""
     assert store.healthy
     assert store.fault is None
     assert store.location
