@@ -161,9 +161,9 @@ class Registry:
         for plugin in self.plugins:
             self._load(plugin)
 
-    def fault_of(self, name: str) -> PluginLoadError | None:
-        """Why the plugin whose entry point or package has that name could not be loaded, if it was tried and failed."""
-        return next((fault for plugin, fault in self._faults.items() if name in (*plugin.names, plugin.package)), None)
+    def fault_of(self, plugin: Plugin) -> PluginLoadError | None:
+        """Why the plugin could not be loaded, if it was tried and failed."""
+        return self._faults.get(plugin)
 
     def _find(self, key: _Key, described: str) -> Installed[Any]:
         name = key[-1]
@@ -237,13 +237,12 @@ class Registry:
 
     def _not_installed(self, key: _Key, described: str) -> NotInstalledError:
         name = str(key[-1])
-        fault = self.fault_of(name)
-        if fault is not None:
+        if failed := _called(name, self._faults):
+            fault = self._faults[failed]
             what = f"the plugin that brings the {described} cannot be loaded: {fault.cause}"
             return NotInstalledError(what, fault.remedy)
         what = f"no installed plugin declares the {described}"
-        denied = next((plugin for plugin in self.denied if name in (*plugin.names, plugin.package)), None)
-        if denied is not None:
+        if denied := _called(name, self.denied):
             remedy = f"admit {denied.name!r} of {denied.package} under 'plugins:'"
             return NotInstalledError(f"the plugin that brings the {described} is not admitted", remedy)
         elsewhere = [other[1].name for other in self._table if (other[0], other[-1]) == (ProviderSpec, name)]
@@ -255,8 +254,8 @@ class Registry:
             return NotInstalledError(what, close)
         remedy = f"installed: {listed(known)}"
         if self._faults:
-            failed = "; ".join(f"{fault.plugin} of {fault.package} ({fault.cause})" for fault in self.faults)
-            remedy += f"; or it is in a plugin that could not be loaded: {failed}"
+            suspects = "; ".join(f"{fault.plugin} of {fault.package} ({fault.cause})" for fault in self.faults)
+            remedy += f"; or it is in a plugin that could not be loaded: {suspects}"
         return NotInstalledError(what, remedy)
 
     def _all(self, record: type[Any]) -> Iterator[Installed[Any]]:
@@ -383,6 +382,11 @@ def _key(spec: Spec) -> _Key:
     if isinstance(spec, ProviderSpec):
         return (ProviderSpec, spec.api, spec.name)
     return (type(spec), spec.name)
+
+
+def _called(name: str, plugins: Iterable[Plugin]) -> Plugin | None:
+    """The plugin that is known by that name, as an entry point or as a package."""
+    return next((plugin for plugin in plugins if name in (*plugin.names, plugin.package)), None)
 
 
 def _described(spec: Spec) -> str:

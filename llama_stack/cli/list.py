@@ -69,7 +69,7 @@ def plugins(as_json: bool) -> None:
     registry.load_all()
     rows = []
     for plugin in registry.plugins:
-        fault = registry.fault_of(plugin.name)
+        fault = registry.fault_of(plugin)
         rows.append(
             {
                 "plugin": ", ".join(plugin.names),
