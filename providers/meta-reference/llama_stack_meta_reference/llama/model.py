@@ -78,6 +78,8 @@ class RotaryAngles(nn.Module):
         return angle.cos(), angle.sin()
 
     def _frequencies(self, device: torch.device | str) -> Tensor:
+        if torch.device(device).type == "meta":  # computing there imports torch's compiler
+            return torch.empty(self._config.head_dim // 2, device=device)
         return rotary_frequencies(self._config.head_dim, self._config.rope_theta, self._config.rope_scaling, device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -175,7 +177,9 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig, *, device: torch.device | str, dtype: torch.dtype) -> None:
         super().__init__()
         self.config = config
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim, device=device, dtype=dtype)
+        # Given, not made by the layer: its own way to fill them imports torch's compiler on "meta", for seconds.
+        embeddings_VD = torch.zeros(config.vocab_size, config.dim, device=device, dtype=dtype)
+        self.tok_embeddings = nn.Embedding.from_pretrained(embeddings_VD, freeze=False)  # type: ignore[no-untyped-call]
         self.layers = nn.ModuleList(
             Block(config, layer, device=device, dtype=dtype) for layer in range(config.n_layers)
         )
@@ -213,6 +217,11 @@ class Llama(nn.Module):
             return F.linear(hidden, self.tok_embeddings.weight).float()
         logits: Tensor = self.output(hidden)
         return logits.float()
+
+    def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> Self:
+        """Move to ``device`` with memory that holds anything; torch's own way imports its compiler on "meta"."""
+        self._apply(lambda weight: torch.empty(weight.shape, dtype=weight.dtype, device=device), recurse)  # type: ignore[no-untyped-call]
+        return self
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator | None = None, *, std: float = 0.02) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,6 +53,17 @@ def test_generations_end_at_the_tokenizers_and_the_folders_stop_tokens(folder: P
     names = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     assert engine._stop_ids == {7, *(tokenizer.specials[name] for name in names)}
+
+
+def test_loading_leaves_torchs_compiler_alone(folder: Path) -> None:
+    """Some of torch's functions import it on the device "meta": one to three seconds of every start, for nothing."""
+    code = (
+        "import sys; from llama_stack_meta_reference.inference.loading import load, ModelConfig;"
+        f"load('m', ModelConfig(checkpoint={str(folder)!r}, device='cpu'));"
+        "print([name for name in ('torch._dynamo', 'sympy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 @NO_GPU
