@@ -119,30 +119,31 @@ class SlotView:
         self._keys = keys
         self._values = values
         self._total = max(start + count for start, count in zip(starts, counts, strict=True))
-        start_B = torch.tensor(starts, device=device)
-        step_T = torch.arange(max(counts), device=device)
-        row_B = torch.tensor(rows, device=device)
-        self.positions_BT = start_B[:, None] + step_T
+        # All indices are made on the CPU: how many there are depends on values, for which a GPU's host would have to
+        # wait.
+        row_B, count_B, step_T = torch.tensor(rows), torch.tensor(counts), torch.arange(max(counts))
+        positions_BT = torch.tensor(starts)[:, None] + step_T
+        is_new_BT = step_T < count_B[:, None]
+        self.positions_BT = positions_BT.to(device)
         self.mask_B1TS = self._mask(starts, counts)
         # Neighbouring rows are a slice, read in place; others must be gathered, which copies.
         is_slice = list(rows) == list(range(rows[0], rows[0] + len(rows)))
-        self._rows: slice | Tensor = slice(rows[0], rows[0] + len(rows)) if is_slice else row_B
+        self._rows: slice | Tensor = slice(rows[0], rows[0] + len(rows)) if is_slice else row_B.to(device)
         # Padding is not stored: at the end of the context there is no room for it.
-        self._is_new_BT: Tensor | None = None
-        self._row_N = row_B.repeat_interleave(torch.tensor(counts, device=device))
-        if min(counts) == max(counts):
-            self._position_N = self.positions_BT.flatten()
-        else:
-            self._is_new_BT = step_T < torch.tensor(counts, device=device)[:, None]
-            self._position_N = self.positions_BT[self._is_new_BT]
+        self._row_N = row_B.repeat_interleave(count_B).to(device)
+        self._position_N = positions_BT[is_new_BT].to(device)
+        self._new_N: Tensor | None = None
+        if min(counts) < max(counts):
+            self._new_N = is_new_BT.flatten().nonzero()[:, 0].to(device)
 
     def update(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
         """Store one layer's new keys and values; return all of these rows, (B, G, S, K), valid until the next one."""
         return self._stored(self._keys[layer], k_BGTK), self._stored(self._values[layer], v_BGTK)
 
     def _stored(self, cached: Tensor, new_BGTK: Tensor) -> Tensor:
-        new_BTGK = new_BGTK.transpose(1, 2)
-        new_NGK = new_BTGK.flatten(0, 1) if self._is_new_BT is None else new_BTGK[self._is_new_BT]
+        new_NGK = new_BGTK.transpose(1, 2).flatten(0, 1)
+        if self._new_N is not None:
+            new_NGK = new_NGK[self._new_N]
         cached[self._row_N, :, self._position_N] = new_NGK
         whole = cached[:, :, : self._total]
         return whole[self._rows] if isinstance(self._rows, slice) else whole.index_select(0, self._rows)

@@ -113,6 +113,24 @@ def test_a_step_that_failed_can_be_run_again(small_model: Llama) -> None:
 
 
 @torch.inference_mode()
+def test_a_step_asks_nothing_back_from_its_device() -> None:
+    """A GPU that is asked in the middle of a step stands idle meanwhile; the meta device has no answers to give."""
+    model = Llama(SMALL, device="meta", dtype=torch.bfloat16)
+    cache = KVCache(SMALL, slots=3, context=CONTEXT, device="meta", dtype=torch.bfloat16)
+    first, second, third = (cache.allocate() for _ in range(3))
+    steps = {
+        (first, second): [5, 3],
+        (first, third): [4, 2],
+        (first, second, third): [1, 1, 1],
+        (second, third): [1, 1],
+    }
+    for rows, counts in steps.items():
+        with cache.step(rows, counts) as view:
+            logits_BTV = model(torch.zeros(len(rows), max(counts), dtype=torch.int64, device="meta"), view)
+        assert logits_BTV.shape == (len(rows), max(counts), SMALL.vocab_size)
+
+
+@torch.inference_mode()
 @pytest.mark.parametrize(
     ("rows", "counts", "message"),
     [
