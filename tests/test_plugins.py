@@ -15,7 +15,7 @@ from llama_stack import plugins
 from llama_stack.apis import Api, Config, Safety, post
 from llama_stack.apis.common import Message, Role, ShieldConfig
 from llama_stack.apis.safety import RunShieldRequest
-from llama_stack.distribution import load_distribution
+from llama_stack.distribution import check_distribution, load_distribution
 from llama_stack.errors import PluginLoadError
 from llama_stack.plugins import (
     ApiSpec,
@@ -184,6 +184,18 @@ def test_one_broken_plugin_leaves_the_others_usable(site: Path) -> None:
     registry = Registry(installed(site))
     assert registry.provider(Safety, "good").plugin.package == "good"
     assert [fault.package for fault in registry.faults] == ["bad"]
+
+
+def test_a_name_that_is_declared_twice_is_refused_by_the_check_however_its_plugins_are_found(site: Path) -> None:
+    """One of them may be imported for another name, after the first look-up; the check must see what the start will."""
+    twice = 'return [ProviderSpec(api=Safety, name="words", start=start), '
+    both = SAFETY_PLUGIN.format(name="other").replace("return [", twice)
+    install(site, "acme-words", {"acme_words": SAFETY_PLUGIN.format(name="words")}, {"words": "acme_words"})
+    install(site, "acme-other", {"acme_other": both}, {"other": "acme_other"})
+    file = site / "stack.yaml"
+    file.write_text("version: 1\nname: d\nproviders: {safety: [{provider: words}, {provider: other}]}\n")
+    [fault] = check_distribution(file, environ={}, registry=Registry(installed(site)))
+    assert fault.what == "provider 'words' of 'safety' is declared by acme-words 1.0 and by acme-other 1.0"
 
 
 def test_a_plugin_may_be_an_object_in_this_process() -> None:

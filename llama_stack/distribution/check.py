@@ -70,12 +70,22 @@ def _checked(
         return None, in_order(source.faults, source.files)
     faults = list(source.faults)
     distribution = validate(Distribution, source.root, (), source.hidden, faults)
-    check = _Check(source, registry, faults)
-    if check.admits(source.root):  # nothing is imported while it is not clear what may be
-        check.providers(source.root)
-        check.faces(source.root)
-        check.middleware(source.root)
+    if _admits(source, registry):  # nothing is imported while it is not clear what may be
+        _Check(source, registry, []).names(source.root)  # all that is named is imported now, and names taken twice show
+        _Check(source, registry, faults).names(source.root)
     return distribution, in_order(faults, source.files)
+
+
+def _admits(source: Source, registry: Registry) -> bool:
+    """Narrow the registry to what the distribution admits, or return false when that cannot be read."""
+    node = source.root.entries.get("plugins") if source.root else None
+    if node is None:
+        return True
+    # what is wrong with it has been reported with the other keys
+    found = validate(PluginFilter, node, (), source.hidden, []) if isinstance(node, nodes.Mapping) else None
+    if found is not None:
+        registry.admit(found.admits)
+    return found is not None
 
 
 class _Check:
@@ -87,16 +97,10 @@ class _Check:
         self.serves_unknown = False
         """Whether an API could not be made out; it may be the one that somebody needs."""
 
-    def admits(self, root: nodes.Mapping) -> bool:
-        """Narrow the registry to what the distribution admits, or return false when that cannot be read."""
-        if "plugins" not in root.entries:
-            return True
-        node = root.entries["plugins"]
-        # what is wrong with it has been reported with the other keys
-        found = validate(PluginFilter, node, (), self.source.hidden, []) if isinstance(node, nodes.Mapping) else None
-        if found is not None:
-            self.registry.admit(found.admits)
-        return found is not None
+    def names(self, root: nodes.Mapping) -> None:
+        self.providers(root)
+        self.faces(root)
+        self.middleware(root)
 
     def providers(self, root: nodes.Mapping) -> None:
         entries: list[_Entry] = []
