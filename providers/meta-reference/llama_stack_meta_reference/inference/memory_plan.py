@@ -12,8 +12,11 @@ from ..llama.config import LlamaConfig
 from .kv_cache import cache_bytes
 
 _MEMINFO = Path("/proc/meminfo")
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
-_CGROUP_USE = Path("/sys/fs/cgroup/memory.current")
+# Files of a container's limit and use, and the line of its memory.stat with what can be reclaimed: cgroup v2, then v1.
+_CGROUPS = (
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 
 
 @dataclass(frozen=True)
@@ -85,12 +88,23 @@ def available_memory(device: torch.device | str) -> int:
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    free = _machine_memory()
-    if _CGROUP_LIMIT.exists():
-        limit = _CGROUP_LIMIT.read_text().strip()
-        if limit != "max":
-            free = min(free, max(0, int(limit) - int(_CGROUP_USE.read_text())))
-    return free
+    container = _container_memory()
+    return _machine_memory() if container is None else min(_machine_memory(), container)
+
+
+def _container_memory() -> int | None:
+    """What is left under the container's limit; None where there is no container, or no limit."""
+    for folder, limit_file, use_file, reclaimable in _CGROUPS:
+        if (folder / limit_file).exists():
+            limit = (folder / limit_file).read_text().strip()
+            if limit == "max":
+                return None
+            statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            # Files that were read count as used until their place is needed: a checkpoint just copied would stand in
+            # its own way.
+            used = int((folder / use_file).read_text()) - int(statistics[reclaimable])
+            return max(0, int(limit) - used)
+    return None
 
 
 def _machine_memory() -> int:

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
+import pytest
 import torch
+from llama_stack_meta_reference.inference import memory_plan as module
 from llama_stack_meta_reference.inference.memory_plan import available_memory, memory_plan
 from llama_stack_meta_reference.llama.config import LlamaConfig
 
@@ -63,3 +66,33 @@ def test_memory_of_this_machine_is_asked_when_none_is_given() -> None:
     """The default must be a real figure: some memory, and no more than the address space of a machine."""
     assert 0 < available_memory("cpu") < 1 << 50
     assert memory_plan(SMALL, torch.float32, "cpu", 8, 1).fits
+
+
+@pytest.mark.parametrize(
+    ("version", "limit_file", "use_file", "reclaimable"),
+    [
+        (0, "memory.max", "memory.current", "inactive_file"),
+        (1, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ],
+)
+def test_a_containers_limit_counts_without_the_files_it_has_read(
+    version: int, limit_file: str, use_file: str, reclaimable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond it the kernel ends the process; and a checkpoint in the page cache must not count against itself."""
+    folders = [tmp_path / "v2", tmp_path / "v1"]
+    folder = folders[version]
+    folder.mkdir()
+    (folder / limit_file).write_text("9000000\n")
+    (folder / use_file).write_text("8000000\n")
+    (folder / "memory.stat").write_text(f"anon 1\n{reclaimable} 6000000\n")
+    monkeypatch.setattr(
+        module, "_CGROUPS", [(f, *names) for f, (_, *names) in zip(folders, module._CGROUPS, strict=True)]
+    )
+    assert available_memory("cpu") == 7_000_000
+
+
+def test_a_container_without_a_limit_has_the_machines_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cgroup v2 says then is no number."""
+    (tmp_path / "memory.max").write_text("max\n")
+    monkeypatch.setattr(module, "_CGROUPS", [(tmp_path, *module._CGROUPS[0][1:])])
+    assert available_memory("cpu") > 7_000_000
