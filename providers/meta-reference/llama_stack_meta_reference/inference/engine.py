@@ -14,7 +14,7 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -227,11 +227,13 @@ class Engine:
         if self._cache is None:
             self._cache = self._new_cache()
         with self._lock:
+            dropped: list[Sequence] = []
             if self._has_cancelled:
                 self._has_cancelled = False
-                for sequence in self._scheduler.drop_cancelled():
-                    self._cache.release(sequence.slot)
+                dropped = self._scheduler.drop_cancelled()
                 self._tickets = {s: ticket for s, ticket in self._tickets.items() if not s.is_cancelled}
+        self._release(dropped)
+        with self._lock:
             self._scheduler.admit(self._cache.free, self._cache.allocate)
             step = self._scheduler.plan()
         if not step.prefill and not step.decode:
@@ -246,8 +248,14 @@ class Engine:
                 return
             picked = sample(logits_RV, [s.sampler for s in sampled], [s.wants_logprobs for s in sampled])
         with self._lock:
-            for sequence, token in zip(sampled, picked, strict=True):
-                self._take(sequence, token)
+            ended = [s for s, token in zip(sampled, picked, strict=True) if self._take(s, token)]
+        self._release(ended)
+
+    def _release(self, sequences: Iterable[Sequence]) -> None:
+        """Free the slots of sequences that run no more. Not under the lock: blanking a large slot takes a while."""
+        assert self._cache is not None
+        for sequence in sequences:
+            self._cache.release(sequence.slot)
 
     def _forward(self, step: Step, cache: KVCache) -> Tensor | None:
         """Run the step's tokens through the network; return (R, V) logits for ``step.sampled``."""
@@ -273,26 +281,27 @@ class Engine:
             return None
         return self._model.logits(torch.cat(hidden))[:, : self._vocabulary]
 
-    def _take(self, sequence: Sequence, picked: SampledToken | None) -> None:
-        """Pass a token on, or end its sequence. Under the lock."""
+    def _take(self, sequence: Sequence, picked: SampledToken | None) -> bool:
+        """Pass a token on; return whether the sequence has ended. Under the lock."""
         if picked is None:
             logger.error("the network of %r gave logits that are not finite", self.name)
             self._end(sequence, EngineRestartedError(f"the network of {self.name!r} gave no finite logits"))
-        elif picked.token in self._stop_ids:
+            return True
+        if picked.token in self._stop_ids:
             self._end(sequence, StopReason.FINISHED_OK)
-        else:
-            sequence.generated += 1
-            sequence.last_token = picked.token
-            self._post(sequence, picked)
-            if sequence.generated == sequence.limit:
-                self._end(sequence, StopReason.MAX_TOKENS)
+            return True
+        sequence.generated += 1
+        sequence.last_token = picked.token
+        self._post(sequence, picked)
+        if sequence.generated == sequence.limit:
+            self._end(sequence, StopReason.MAX_TOKENS)
+            return True
+        return False
 
     def _end(self, sequence: Sequence, last: StopReason | StackError) -> None:
-        """Post the last item of a sequence, running or waiting, and free what it holds. Under the lock."""
+        """Post the last item of a sequence, running or waiting, and forget it. Under the lock."""
         if sequence in self._scheduler.running:
             self._scheduler.finish(sequence)
-            if self._cache is not None:
-                self._cache.release(sequence.slot)
         self._post(sequence, last)
         self._tickets.pop(sequence, None)
 
