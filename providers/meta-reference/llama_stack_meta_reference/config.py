@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints, ValidationInfo, field_validator
+from pydantic import Field, StringConstraints, ValidationError, ValidationInfo, field_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from llama_stack.apis.common import Id
 from llama_stack.apis.config import Config
@@ -70,12 +72,19 @@ class MetaReferenceConfig(Config):
         models = info.data.get("models")
         if models is None:  # refused already
             return aliases
-        for alias, model in aliases.items():
-            if alias in models:
-                raise ValueError(f"the alias {alias!r} is the name of a model; remove it, or rename the model")
-            if model not in models:
-                raise ValueError(
-                    f"the alias {alias!r} stands for {model!r}, which is none of the models{nearest(model, models)}; "
-                    f"models: {listed(models)}"
-                )
+        faults = [
+            InitErrorDetails(type=PydanticCustomError("alias", "{cause}", {"cause": cause}), loc=(alias,), input=model)
+            for alias, model in aliases.items()
+            for cause in _alias_faults(alias, model, models)
+        ]
+        if faults:  # each at its own line, where a plain ValueError would stand at the first
+            raise ValidationError.from_exception_data(cls.__name__, faults)
         return aliases
+
+
+def _alias_faults(alias: str, model: str, models: Collection[str]) -> Iterator[str]:
+    if alias in models:
+        yield f"the alias {alias!r} is the name of a model; remove it, or rename the model"
+    elif model not in models:
+        hint = nearest(model, models)
+        yield f"the alias {alias!r} stands for {model!r}, which is none of the models{hint}; models: {listed(models)}"

@@ -43,6 +43,17 @@ def test_what_cannot_work_is_refused_with_the_reason(config: dict[str, Any], sai
         MetaReferenceConfig.model_validate(config)
 
 
+def test_each_alias_is_refused_at_its_own_place() -> None:
+    """Faults carry the line of their own key, and all of them come in one run."""
+    config = {"models": ONE, "aliases": {"right": "m", "{0}": "x", "m": "m"}}
+    with pytest.raises(ValidationError) as refused:
+        MetaReferenceConfig.model_validate(config)
+    assert [(fault["loc"], fault["msg"][:15]) for fault in refused.value.errors()] == [
+        (("aliases", "{0}"), "the alias '{0}'"),
+        (("aliases", "m"), "the alias 'm' i"),
+    ]
+
+
 def test_checkpoints_are_found_in_the_package_the_home_and_the_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
