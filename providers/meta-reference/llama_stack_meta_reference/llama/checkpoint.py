@@ -202,6 +202,11 @@ def _open_meta(home: Path, homes: Sequence[Path]) -> Checkpoint:
     remarks = [] if home == homes[0] else [f"read from {home}"]
     if config.tied_embeddings:
         remarks.append("there is no output.weight: the embeddings serve as output")
+    if config.rope_scaling is not None and params.get("rope_scaling_factor") is None:
+        remarks.append(
+            f"params.json has no rope_scaling_factor: took {config.rope_scaling.factor:g}, "
+            "which is published for models of this size"
+        )
     return Checkpoint(
         folder=home,
         layout="meta",

@@ -18,7 +18,8 @@ _LLAMA_3_CONTEXT = 8192
 _LLAMA_3_1_CONTEXT = 131072
 
 # Llama 3.2 text models share params.json's ``use_scaled_rope: true`` with 3.1, yet stretch by 32 where 3.1 stretches by
-# 8. Only their sizes (dim, n_layers) tell them apart.
+# 8, as the config.json published beside it states. Only their sizes (dim, n_layers) tell them apart: no other release
+# has these.
 _LLAMA_3_2_SIZES = frozenset({(2048, 16), (3072, 28)})
 
 # No published size comes near these; they stop a hostile file from asking for a network of 10^9 layers.

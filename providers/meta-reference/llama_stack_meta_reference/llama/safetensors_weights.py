@@ -41,7 +41,6 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 
-
 # model.py's part of a name -> Hugging Face's.
 _NAMES = {
     "tok_embeddings": "model.embed_tokens",
@@ -134,7 +133,9 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         if length > _LARGEST_HEADER_BYTES:
             raise CheckpointError(f"{path}: a header of {length} bytes; at most {_LARGEST_HEADER_BYTES} are read")
         header = _parse(path, file.read(length))
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path}: __metadata__ in the header must map names to texts")
     spans: list[tuple[int, int, str]] = []
     entries: dict[str, TensorEntry] = {}
     for name, description in header.items():

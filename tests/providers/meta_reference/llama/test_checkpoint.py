@@ -336,6 +336,15 @@ def test_bad_meta_folders_are_refused(make: Callable[[Path], object], message: s
         open_checkpoint(meta_checkpoint)
 
 
+def test_a_rope_factor_that_the_folder_does_not_state_is_told(meta_checkpoint: Path) -> None:
+    """It is known from the sizes of the published models alone, and a wrong one only shows in long texts."""
+    change_json(meta_checkpoint / "params.json", use_scaled_rope=True)
+    (remark,) = open_checkpoint(meta_checkpoint).remarks
+    assert "no rope_scaling_factor: took 8," in remark
+    change_json(meta_checkpoint / "params.json", rope_scaling_factor=4)
+    assert open_checkpoint(meta_checkpoint).remarks == ()
+
+
 def test_shards_of_two_models_are_refused(meta_checkpoint: Path) -> None:
     """Same shapes, other weights: only what every rank repeats can show that two downloads were mixed."""
     change_tensors(meta_checkpoint / "consolidated.01.pth", lambda found: found["norm.weight"].add_(1))
@@ -391,6 +400,8 @@ def span(start: int, end: int, shape: Any = (1,), dtype: Any = "F32") -> dict[st
         (b'{"a": ' + b"9" * 5000 + b"}", 0, None, r"the header is not JSON"),
         (b'{"a": {"dtype": "F32", "dtype": "F32"}}', 0, None, r"a key stands twice"),
         (b"\xff\xff", 0, None, r"the header is not JSON"),
+        ({"__metadata__": 5}, 0, None, r"__metadata__ in the header must map"),
+        ({"__metadata__": {"format": ["pt"]}}, 0, None, r"__metadata__ in the header must map"),
         ({"a": 1}, 0, None, r"must give dtype, shape and data_offsets"),
         ({"a": span(0, 4) | {"more": 1}}, 4, None, r"must give dtype, shape and data_offsets"),
         ({"a": span(0, 4, dtype="F8_E4M3")}, 4, None, r"unknown dtype 'F8_E4M3'"),
