@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from llama_stack_meta_reference.llama import tool_calls
 from llama_stack_meta_reference.llama.chat_format import ChatFormat
 from llama_stack_meta_reference.llama.tokenizer import SpecialToken, TextDecoder, Tokenizer, load_tokenizer
-from llama_stack_meta_reference.llama.tool_calls import MAX_DEPTH, MAX_HELD_CHARACTERS, ToolCallParser
+from llama_stack_meta_reference.llama.tool_calls import MAX_DEPTH, ToolCallParser
 
 from llama_stack.apis.common import Json, Message, Role, ToolCall, ToolDefinition
 from tests.providers.meta_reference.small_tokenizer import write_meta
@@ -347,18 +348,20 @@ def test_a_call_arrives_with_its_last_character() -> None:
     ],
 )
 @pytest.mark.parametrize("filler", ["a", " ", "1,", "(", '"\\'])
-def test_what_is_held_back_is_bounded(opening: str, filler: str) -> None:
+def test_what_is_held_back_is_bounded(opening: str, filler: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model in a loop must not make the server hold its whole output, whatever it began to write."""
+    bound = 10_000
+    monkeypatch.setattr(tool_calls, "MAX_HELD_CHARACTERS", bound)
     parser = ToolCallParser(WITH_INTERPRETER)
     shown: list[str | ToolCall] = []
     written = opening.replace(TAG, "")
     for part in pieces(opening):
         shown += parser.feed(part)
-    chunk = filler * 5_000
-    while len(written) < MAX_HELD_CHARACTERS + 20_000:
+    chunk = filler * 500
+    while len(written) < 2 * bound:
         shown += parser.feed(chunk)
         written += chunk
-        assert len(written) - sum(len(item) for item in shown if isinstance(item, str)) <= MAX_HELD_CHARACTERS
+        assert len(written) - sum(len(item) for item in shown if isinstance(item, str)) <= bound
     shown += parser.finish()
     assert joined(shown) == [written]
 
@@ -416,8 +419,8 @@ def test_calls_that_the_chat_format_writes_are_read_back(
     tokenizer: Tokenizer, calls: list[tuple[str, dict[str, Json]]]
 ) -> None:
     """History is written in the notation that replies are read in; token by token, as the engine sees them."""
-    tool_calls = [ToolCall(tool_name=name, arguments=arguments) for name, arguments in calls]
-    message = Message(role=Role.ASSISTANT, content="", tool_calls=tool_calls, tool_responses=[])
+    expected = [ToolCall(tool_name=name, arguments=arguments) for name, arguments in calls]
+    message = Message(role=Role.ASSISTANT, content="", tool_calls=expected, tool_responses=[])
     parser, decoder = ToolCallParser(WITH_INTERPRETER), TextDecoder(tokenizer)
     items: list[str | ToolCall] = []
     for token in ChatFormat(tokenizer).encode_reply(message):
@@ -426,7 +429,7 @@ def test_calls_that_the_chat_format_writes_are_read_back(
         if special is not None:
             items += parser.feed(special)
     items += parser.finish()
-    assert items == tool_calls
+    assert items == expected
 
 
 def test_the_callers_own_name_for_a_tool_is_given_back() -> None:
