@@ -51,13 +51,16 @@ class Ticket:
     ``cancel`` frees its place before the next step; whoever holds a ticket calls it when done, however that came.
     """
 
+    __slots__ = ("_arrived", "_cancel", "_sequence", "_waiter", "loop", "stop_reason")
+
     def __init__(self, sequence: Sequence, loop: asyncio.AbstractEventLoop, cancel: Callable[[Sequence], None]) -> None:
         self.stop_reason: StopReason = StopReason.NOT_STOPPED
         self.loop = loop
         self._sequence = sequence
         self._cancel = cancel
-        self._arrived: deque[SampledToken | StopReason | StackError] = deque()
-        self._wake = asyncio.Event()
+        # Both are made when needed: a batch has thousands of tickets, made in one go by the event loop.
+        self._arrived: deque[SampledToken | StopReason | StackError] | None = None
+        self._waiter: asyncio.Future[None] | None = None
 
     def __aiter__(self) -> Ticket:
         return self
@@ -66,8 +69,8 @@ class Ticket:
         if self.stop_reason is not StopReason.NOT_STOPPED:
             raise StopAsyncIteration
         while not self._arrived:
-            self._wake.clear()
-            await self._wake.wait()
+            self._waiter = self.loop.create_future()
+            await self._waiter
         item = self._arrived[0] if isinstance(self._arrived[0], StackError) else self._arrived.popleft()
         if isinstance(item, StackError):
             raise item
@@ -82,8 +85,11 @@ class Ticket:
 
     def arrive(self, item: SampledToken | StopReason | StackError) -> None:
         """Take what the engine made; called in the ticket's own event loop."""
+        if self._arrived is None:
+            self._arrived = deque()
         self._arrived.append(item)
-        self._wake.set()
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
 class Engine:

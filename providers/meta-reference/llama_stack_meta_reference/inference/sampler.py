@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -48,11 +49,16 @@ class Sampler:
         self.temperature = max(params.temperature, _LEAST_TEMPERATURE)
         self.top_k = params.top_k if params.strategy is SamplingStrategy.TOP_K else 0
         self.top_p = params.top_p if params.strategy is SamplingStrategy.TOP_P else 1.0
-        self._random = random.Random(params.seed)  # without a seed: from the system's entropy
+        self._seed = params.seed
 
     def draw(self) -> float:
         """The next random number from [0, 1); 0 for a greedy sampler, which needs none."""
         return 0.0 if self.is_greedy else self._random.random()
+
+    @cached_property
+    def _random(self) -> random.Random:
+        # Made when first used: its state is large, and thousands of a batch may wait.
+        return random.Random(self._seed)  # without a seed: from the system's entropy
 
 
 def sample(

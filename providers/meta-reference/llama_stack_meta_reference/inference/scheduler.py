@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from .sampler import Sampler
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Sequence:
     """One prompt and what has been generated after it."""
 
