@@ -7,12 +7,13 @@ table (the faces) is FastAPI's.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, cast
+from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp
+from starlette.routing import BaseRoute
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..apis import APIS
 from ..distribution import ServerConfig
@@ -34,12 +35,14 @@ class StackApp(FastAPI):
     def __init__(self, stack: Stack, config: ServerConfig) -> None:
         super().__init__(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
         self._stack = stack
-        self._faces: set[str] = set()
+        self._faces: list[APIRouter] = []
+        self._face_routes: list[BaseRoute] = []
         for kind in (StackError, HTTPException, RequestValidationError, Exception):
             self.add_exception_handler(kind, self._answer)
         # one thread: large bodies wait for one another and not the event loop for all of them
         executor = ThreadPoolExecutor(1, thread_name_prefix="gate")
-        self._routes = Routes(super().build_middleware_stack())
+        self._framework = super().build_middleware_stack()
+        self._routes = Routes(self._serve_faces, is_wrapped=bool(stack.distribution.middleware))
         inner: ASGIApp = self._routes
         for entry in reversed(stack.distribution.middleware):
             spec = stack.registry.middleware(entry.middleware).spec
@@ -50,19 +53,35 @@ class StackApp(FastAPI):
         self._routes.add_operations(stack.apis, stack, config, executor)
         self._routes.add_missing([api for api in APIS if api not in stack.apis], stack.distribution.name)
         Health(stack, self.traffic, metrics, self._face_documents).add_to(self._routes)
-        self.add_faces()
-
-    def add_faces(self) -> None:
-        """Serve the faces that the stack has started; call it again when it has started more."""
-        for name, router in self._stack.faces.items():
-            if name not in self._faces:
-                self._faces.add(name)
-                self.include_router(cast(APIRouter, router))
 
     def build_middleware_stack(self) -> ASGIApp:
         return self.traffic
 
+    async def _serve_faces(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._framework(scope, receive, send)
+            return
+        exchange: Exchange = scope[KEY]
+        exchange.watch_when_read()
+        self._take_up_faces()
+        try:
+            await self._framework(scope, receive, send)
+        finally:
+            exchange.template = getattr(scope.get("route"), "path", exchange.template)
+
+    def _take_up_faces(self) -> None:
+        """Route to the faces that are up now: one that broke down and was started again has another router."""
+        faces = list(self._stack.faces.values())
+        if faces != self._faces:
+            self.router.routes[:] = [route for route in self.router.routes if route not in self._face_routes]
+            others = len(self.router.routes)
+            for router in faces:
+                self.include_router(router)
+            self._faces, self._face_routes = faces, self.router.routes[others:]
+            self.openapi_schema = None
+
     def _face_documents(self) -> list[dict[str, Any]]:
+        self._take_up_faces()
         return [self.openapi()] if self._faces else []
 
     async def _answer(self, request: Request, error: Exception) -> Response:

@@ -57,6 +57,8 @@ class Exchange:
         "_task",
         "_timers",
         "_watcher",
+        "_wrapped_receive",
+        "_wrapped_send",
         "bytes_in",
         "bytes_out",
         "code",
@@ -100,6 +102,8 @@ class Exchange:
         self._watcher: asyncio.Task[None] | None = None
         self._interruption: Exception | None = None
         self._closing = False
+        self._wrapped_receive: Receive | None = None
+        self._wrapped_send: Send | None = None
 
     @property
     def has_started(self) -> bool:
@@ -157,13 +161,33 @@ class Exchange:
 
     def watch_unhurried(self) -> None:
         """Watch for the client's leaving once the call has run for a while, for a quick one is not worth a task."""
-        self._timers.append(asyncio.get_running_loop().call_later(UNHURRIED_SECONDS, self.watch))
+        if not self._closing:
+            self._timers.append(asyncio.get_running_loop().call_later(UNHURRIED_SECONDS, self.watch))
+
+    def watch_when_read(self) -> None:
+        """Watch as soon as the body has been read, at once if there is none: the watcher would take its messages."""
+        if b"content-length" not in self.headers and b"transfer-encoding" not in self.headers:
+            self.watch_unhurried()
+
+    def go_through(self, receive: Receive, send: Send) -> None:
+        """Read and answer through the middlewares that wrapped these around our own ``receive`` and ``send``."""
+        self._wrapped_receive, self._wrapped_send = receive, send
+
+    def go_around(self) -> None:
+        """Answer without the middlewares, because the failure to be answered has passed through them already."""
+        self._wrapped_send = None
+
+    async def next_message(self) -> Message:
+        """The next message of the request."""
+        return await (self._wrapped_receive or self.receive)()
 
     async def receive(self) -> Message:
         """The next message of the request, counted."""
         message = await self._receive()
         if message["type"] == "http.request":
             self.bytes_in += len(message.get("body", b""))
+            if not message.get("more_body", False):
+                self.watch_unhurried()
         return message
 
     async def send(self, message: Message) -> None:
@@ -183,9 +207,7 @@ class Exchange:
         if body or status != 204:
             headers = [*headers, (b"content-length", b"%d" % len(body))]
         await self.begin(status, headers)
-        self.bytes_out += len(body)
-        self.is_complete = True
-        await self._send({"type": "http.response.body", "body": body})
+        await self._send_body(body, False)
 
     async def answer_error(self, error: BaseException, headers: Headers | None = None) -> None:
         """Send the problem document of an error."""
@@ -194,20 +216,29 @@ class Exchange:
 
     async def begin(self, status: int, headers: Headers) -> None:
         """Send the status and the headers."""
+        if self._wrapped_send is not None:
+            await self._wrapped_send({"type": "http.response.start", "status": status, "headers": headers})
+            return
         self.status = status
-        await self._send(
-            {"type": "http.response.start", "status": status, "headers": [*headers, *self.standard_headers]}
-        )
+        headers = [*headers, *self.standard_headers]
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def write(self, body: bytes) -> None:
         """Send a piece of the body now."""
-        self.bytes_out += len(body)
-        await self._send({"type": "http.response.body", "body": body, "more_body": True})
+        await self._send_body(body, True)
 
     async def end(self) -> None:
         """Say that the body is complete."""
-        self.is_complete = True
-        await self._send({"type": "http.response.body", "body": b""})
+        await self._send_body(b"", False)
+
+    async def _send_body(self, body: bytes, is_more_to_come: bool) -> None:
+        message = {"type": "http.response.body", "body": body, "more_body": is_more_to_come}
+        if self._wrapped_send is not None:
+            await self._wrapped_send(message)
+            return
+        self.bytes_out += len(body)
+        self.is_complete = not is_more_to_come
+        await self._send(message)
 
     def abort(self) -> None:
         """Cut the connection off, so that the client cannot take what it has for the whole answer."""

@@ -29,7 +29,7 @@ class Health:
         self._traffic = traffic
         self._metrics = metrics
         self._faces = faces
-        self._documents: dict[str, bytes] = {}
+        self._draft: bytes | None = None
 
     def add_to(self, routes: Routes) -> None:
         """Serve these routes."""
@@ -78,16 +78,14 @@ class Health:
 
     async def draft(self, exchange: Exchange) -> None:
         """The OpenAPI document of the draft's operations."""
-        await self._document(exchange, "draft", lambda: draft_document(self._stack.apis))
+        if self._draft is None:
+            self._draft = json.dumps(draft_document(self._stack.apis)).encode()
+        await exchange.answer(200, JSON, self._draft)
 
     async def extensions(self, exchange: Exchange) -> None:
         """The OpenAPI document of everything beyond the draft."""
-        await self._document(exchange, "extensions", lambda: extension_document(self._stack.apis, self._faces()))
-
-    async def _document(self, exchange: Exchange, name: str, make: Callable[[], dict[str, Any]]) -> None:
-        if name not in self._documents:
-            self._documents[name] = json.dumps(make()).encode()
-        await exchange.answer(200, JSON, self._documents[name])
+        document = extension_document(self._stack.apis, self._faces())  # made anew, for faces come and go
+        await exchange.answer(200, JSON, json.dumps(document).encode())
 
     def _providers(self) -> list[dict[str, Any]]:
         return [

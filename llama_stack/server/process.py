@@ -44,9 +44,9 @@ Announce = Callable[[str], object]
 def serve(stack: Stack, config: ServerConfig | None = None, *, on_ready: Announce | None = None) -> int:
     """Serve a stack until a signal ends it; returns the exit code.
 
-    0 after a shutdown that left nothing behind, 1 where the providers did not stop in time. ``on_ready`` is called with
-    the server's address once all providers are up. Raises ``SetupError`` where the server cannot listen or a provider
-    that the distribution requires does not start.
+    0 after an orderly shutdown, 1 where the store failed or the providers did not stop in time. ``on_ready`` is called
+    with the server's address once all providers are up. Raises ``SetupError`` where the server cannot listen or a
+    provider that the distribution requires does not start.
     """
     with logging_to_stderr():
         return asyncio.run(_serve(stack, config or stack.distribution.server, on_ready))
@@ -225,19 +225,23 @@ async def _serve_until_told(stack: Stack, config: ServerConfig, on_ready: Announ
     with _signals() as told_to_stop:
         async with listening(stack, config) as listener:
             holder = asyncio.create_task(_hold(stack, listener, on_ready), name="stack")
-            stop = asyncio.create_task(told_to_stop.wait())
-            await asyncio.wait([holder, stop], return_when=asyncio.FIRST_COMPLETED)
-            stop.cancel()
+            told = asyncio.create_task(told_to_stop.wait())
+            failed = asyncio.create_task(stack.failed())
+            await asyncio.wait([holder, told, failed], return_when=asyncio.FIRST_COMPLETED)
+            has_failed = failed.done()
+            if has_failed:
+                log.critical("the store failed and cannot be trusted; the server ends, and its next start recovers it")
+            told.cancel()
+            failed.cancel()
             if not holder.done():
                 await listener.drain()
-        return await _ended(holder)
+        return max(await _ended(holder), int(has_failed))
 
 
 async def _hold(stack: Stack, listener: Listener, on_ready: Announce | None) -> None:
-    """Start the stack, keep it until cancelled, and stop it: providers are closed by the task that opened them."""
+    """Start the stack, keep it until cancelled, and stop it."""
     try:
         await stack.start()
-        listener.app.add_faces()
         if on_ready is not None:
             on_ready(listener.url)
         await asyncio.Event().wait()

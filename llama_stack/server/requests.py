@@ -125,7 +125,7 @@ class Reader:
         pieces: list[bytes] = []
         size = 0
         while True:
-            message = await exchange.receive()
+            message = await exchange.next_message()
             if message["type"] != "http.request":
                 raise ClientGoneError
             piece: bytes = message.get("body", b"")

@@ -16,9 +16,10 @@ from ..apis.contract import Api, Operation, operations
 from ..distribution import ServerConfig
 from ..errors import MethodNotAllowedError, NotProvidedError
 from ..stack import Stack
-from .exchange import KEY, Exchange
+from .exchange import KEY, ClientGoneError, Exchange
 from .replies import reply
 from .requests import Reader
+from .traffic import note_failure
 
 Endpoint = Callable[[Exchange], Awaitable[None]]
 
@@ -34,7 +35,8 @@ class OperationEndpoint:
     async def __call__(self, exchange: Exchange) -> None:
         operation = self._operation
         arguments = await self._reader.read(exchange)
-        exchange.watch_unhurried()
+        if operation.body is None:
+            exchange.watch_unhurried()
         result = getattr(self._stack.api(operation.api), operation.name)(**arguments)
         if isawaitable(result):
             result = await result
@@ -44,8 +46,10 @@ class OperationEndpoint:
 class Routes:
     """An ASGI application over a table of endpoints; what is not in the table goes to ``fallback``."""
 
-    def __init__(self, fallback: ASGIApp) -> None:
+    def __init__(self, fallback: ASGIApp, *, is_wrapped: bool = False) -> None:
+        """``is_wrapped`` says that middlewares stand before the table."""
         self._fallback = fallback
+        self._is_wrapped = is_wrapped
         self._table: dict[str, tuple[str, dict[str, Endpoint]]] = {}
 
     def add(self, method: str, path: str, endpoint: Endpoint) -> None:
@@ -80,10 +84,23 @@ class Routes:
             await self._fallback(scope, receive, send)
             return
         exchange: Exchange = scope[KEY]
-        exchange.template, methods = found
+        if not self._is_wrapped:
+            await self._serve(exchange, *found)
+            return
+        exchange.go_through(receive, send)
+        try:
+            await self._serve(exchange, *found)
+        except Exception as error:
+            if exchange.has_started or isinstance(error, ClientGoneError):
+                raise
+            note_failure(exchange, error)  # so that middlewares see an answer, as clients do
+            await exchange.answer_error(error)
+
+    async def _serve(self, exchange: Exchange, template: str, methods: dict[str, Endpoint]) -> None:
+        exchange.template = template
         endpoint = methods.get(exchange.method)
         if endpoint is None:
-            raise MethodNotAllowedError(exchange.method[:16], exchange.template, methods)
+            raise MethodNotAllowedError(exchange.method[:16], template, methods)
         await endpoint(exchange)
 
 

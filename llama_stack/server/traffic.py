@@ -110,6 +110,7 @@ class Traffic:
             exchange.status = exchange.status or CLIENT_GONE_STATUS
             return
         note_failure(exchange, error)
+        exchange.go_around()
         if exchange.is_complete:
             return
         if exchange.has_started:

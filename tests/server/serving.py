@@ -18,7 +18,7 @@ from llama_stack.server import Listener, listening
 from llama_stack.stack import Stack, running
 from llama_stack.testing.stub_inference import StubInference, StubPlugin
 
-CHAT = {"model": "stub", "dialog": {"message": {"role": "user", "content": "Hi"}}}
+CHAT: dict[str, Any] = {"model": "stub", "dialog": {"message": {"role": "user", "content": "Hi"}}}
 PATIENCE_SECONDS = 20
 CHAT_PATH = "/inference/chat_completion"
 

@@ -32,7 +32,8 @@ async def served() -> AsyncIterator[Serving]:
 @asynccontextmanager
 async def over_banks_and_jobs() -> AsyncIterator[tuple[httpx2.AsyncClient, Any]]:
     """A client of scripted memory banks and jobs, and the list of calls that they got."""
-    banks, jobs = scripted(MemoryBanks)(), scripted(PostTraining)()
+    banks: Any = scripted(MemoryBanks)()
+    jobs: Any = scripted(PostTraining)()
 
     class Plugin:
         @hookimpl

@@ -1,0 +1,212 @@
+"""Faces and middlewares: what plugins bring to the server, under the same rules as the contracts' own routes."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx2
+import pytest
+from fastapi import APIRouter, HTTPException
+from fastapi.responses import StreamingResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from llama_stack.apis import Config, Inference, NoConfig
+from llama_stack.distribution import Distribution
+from llama_stack.errors import ModelNotFoundError
+from llama_stack.plugins import FaceSpec, MiddlewareSpec, discover, hookimpl
+from llama_stack.registry import Registry
+from llama_stack.server import listening
+from llama_stack.stack import Stack, running
+from llama_stack.testing.stub_inference import StubPlugin
+from tests.server.serving import Serving, problem_of, serving
+
+pytestmark = pytest.mark.anyio
+
+
+class Tag(Config):
+    tag: str
+
+
+class Plugin:
+    """A face with one route of every temper, and a middleware that leaves its mark."""
+
+    def __init__(self) -> None:
+        self.cancelled = asyncio.Event()
+        self.entered = asyncio.Event()
+
+    def router(self) -> APIRouter:
+        router = APIRouter(prefix="/v1")
+
+        @router.get("/echo/{text}")
+        async def echo(text: str, times: int = 1) -> str:
+            return text * times
+
+        @router.get("/missing")
+        async def missing() -> str:
+            raise ModelNotFoundError("gpt", ["stub"])
+
+        @router.get("/teapot")
+        async def teapot() -> str:
+            raise HTTPException(418, "short and stout")
+
+        @router.get("/broken")
+        async def broken() -> str:
+            raise OSError("canary")
+
+        @router.post("/slow")
+        async def slow(body: dict[str, Any]) -> str:
+            self.entered.set()
+            try:
+                await asyncio.sleep(600)
+            finally:
+                self.cancelled.set()
+            return ""
+
+        @router.get("/stream")
+        async def stream() -> StreamingResponse:
+            async def pieces() -> AsyncIterator[bytes]:
+                yield b"one"
+                raise OSError("canary")
+
+            return StreamingResponse(pieces())
+
+        return router
+
+    @hookimpl
+    def llama_stack_faces(self) -> list[FaceSpec]:
+        @asynccontextmanager
+        async def start(config: NoConfig, inference: Inference) -> AsyncIterator[APIRouter]:
+            yield self.router()
+
+        return [FaceSpec(name="sample", start=start)]
+
+    @hookimpl
+    def llama_stack_middleware(self) -> list[MiddlewareSpec]:
+        def wrap(app: ASGIApp, config: Tag) -> ASGIApp:
+            async def tagged(scope: Scope, receive: Receive, send: Send) -> None:
+                async def add(message: Any) -> None:
+                    if message["type"] == "http.response.start":
+                        message["headers"] = [*message["headers"], (b"x-tag", config.tag.encode())]
+                    await send(message)
+
+                await app(scope, receive, add)
+
+            return tagged
+
+        return [MiddlewareSpec(name="tag", wrap=wrap, config=Tag)]
+
+
+@asynccontextmanager
+async def with_plugin() -> AsyncIterator[tuple[Plugin, Serving]]:
+    plugin, stub = Plugin(), StubPlugin()
+    distribution = Distribution.model_validate(
+        {
+            "version": 1,
+            "name": "faced",
+            "providers": {"inference": [{"provider": "stub"}]},
+            "faces": [{"face": "sample"}],
+            "middleware": [
+                {"middleware": "tag", "config": {"tag": "outer"}},
+                {"middleware": "tag", "config": {"tag": "inner"}},
+            ],
+            "server": {"port": 0},
+        }
+    )
+    stack = Stack(distribution, Registry(discover(extra=[plugin, stub])))
+    async with (
+        running(stack),
+        listening(stack) as listener,
+        httpx2.AsyncClient(base_url=listener.url, trust_env=False) as client,
+    ):
+        yield plugin, Serving(listener, stub.started[-1], client)
+
+
+async def test_face_is_served_with_the_headers_of_all_replies() -> None:
+    """A face is a guest under the same roof."""
+    async with with_plugin() as (_, served):
+        response = await served.client.get("/v1/echo/ab?times=2")
+        assert response.json() == "abab"
+        assert response.headers["x-request-id"]
+        assert response.headers["cache-control"] == "no-store"
+        metrics = (await served.client.get("/metrics")).text
+        assert 'route="/v1/echo/{text}",status="200"' in metrics
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "code"),
+    [
+        ("/v1/echo/ab?times=x", 422, "validation"),
+        ("/v1/missing", 404, "model_not_found"),
+        ("/v1/teapot", 418, "bad_request"),
+        ("/v1/broken", 500, "internal"),
+        ("/v1/nowhere", 404, "route_not_found"),
+    ],
+)
+async def test_errors_of_faces_have_the_one_shape(path: str, status: int, code: str) -> None:
+    """Whatever raises them: our errors, the framework's, its validation, or a bug."""
+    async with with_plugin() as (_, served):
+        response = await served.client.get(path)
+        document = problem_of(response)
+        assert (document["status"], document["error"]["code"]) == (status, code)
+        assert "canary" not in response.text
+        assert f'code="{code}"' in (await served.client.get("/metrics")).text
+
+
+async def test_wrong_method_on_a_face_names_the_right_one() -> None:
+    """RFC 9110 section 15.5.6."""
+    async with with_plugin() as (_, served):
+        response = await served.client.post("/v1/echo/ab")
+        assert problem_of(response)["error"]["code"] == "method_not_allowed"
+        assert response.headers["allow"] == "GET"
+
+
+async def test_client_that_leaves_a_face_stops_its_work() -> None:
+    """The promise holds for all routes, not for ours alone."""
+    async with with_plugin() as (plugin, served):
+        client = await served.connect()
+        await client.post("/v1/slow", {})
+        await plugin.entered.wait()
+        client.abort()
+        async with asyncio.timeout(10):
+            await plugin.cancelled.wait()
+
+
+async def test_stream_of_a_face_that_breaks_is_cut() -> None:
+    """A face has its own forms; what is not ended well must not look as if it were."""
+    async with with_plugin() as (_, served):
+        with pytest.raises(httpx2.RemoteProtocolError):
+            await served.client.get("/v1/stream")
+        assert (
+            'code="internal",method="GET",route="/v1/stream",status="200"' in (await served.client.get("/metrics")).text
+        )
+
+
+async def test_middlewares_wrap_every_route_in_their_order() -> None:
+    """The first of the list is the outermost, so its mark comes last."""
+    async with with_plugin() as (_, served):
+        for path in ("/v1/echo/a", "/v1/missing", "/version", "/models/list", "/nowhere"):
+            response = await served.client.get(path)
+            assert [value for name, value in response.headers.multi_items() if name == "x-tag"] == ["inner", "outer"]
+            assert len([name for name, _ in response.headers.multi_items() if name == "x-request-id"]) == 1
+        response = await served.client.post("/inference/chat_completion", json={})
+        assert (problem_of(response)["status"], response.headers.get_list("x-tag")) == (422, ["inner", "outer"])
+
+
+async def test_faces_are_in_the_document_of_extensions() -> None:
+    """Clients of a face need its document as well."""
+    async with with_plugin() as (_, served):
+        assert "/v1/echo/{text}" in (await served.client.get("/openapi-ext.json")).json()["paths"]
+        assert "/v1/echo/{text}" not in (await served.client.get("/openapi.json")).json()["paths"]
+
+
+async def test_small_writes_are_not_held_back() -> None:
+    """asyncio turns Nagle's algorithm off only for sockets made for TCP by name; with it a token waits for 40 ms."""
+    async with serving() as served:
+        await served.client.get("/health/live")
+        for connection in served.listener.connections:
+            found = connection.transport.get_extra_info("socket")
+            assert found.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
