@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import operator
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -50,11 +51,11 @@ hookimpl = pluggy.HookimplMarker(GROUP)
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _CLAUSE = re.compile(r"\s*(>=|<=|==|>|<)\s*([0-9]{1,6})(?:\.([0-9]{1,6}))?\s*")
 _COMPARE: Mapping[str, Callable[[tuple[int, int], tuple[int, int]], bool]] = {
-    ">=": lambda ours, theirs: ours >= theirs,
-    "<=": lambda ours, theirs: ours <= theirs,
-    "==": lambda ours, theirs: ours == theirs,
-    ">": lambda ours, theirs: ours > theirs,
-    "<": lambda ours, theirs: ours < theirs,
+    ">=": operator.ge,
+    "<=": operator.le,
+    "==": operator.eq,
+    ">": operator.gt,
+    "<": operator.lt,
 }
 
 Start = Callable[..., AbstractAsyncContextManager[Any]]
@@ -328,17 +329,17 @@ def load(plugin: Plugin, apis: Sequence[type[Api]] = APIS) -> tuple[Spec, ...]:
         raise plugin.fault(
             _first_line(error), f"implement the hooks as they are declared: {', '.join(_RECORDS)}"
         ) from error
+    implemented = [hook for hook in _RECORDS if getattr(hooks.hook, hook).get_hookimpls()]
     declared: list[Spec] = []
-    for hook, record in _RECORDS.items():
-        if not getattr(hooks.hook, hook).get_hookimpls():
-            continue
+    for hook in implemented:
+        record = _RECORDS[hook]
         arguments = {"apis": tuple(apis)} if hook == "llama_stack_providers" else {}
         for spec in _called(plugin, hook, partial(getattr(hooks.hook, hook), **arguments)):
             if not isinstance(spec, record):
                 what = f"the hook {hook} declares {type(spec).__name__!r} where {record.__name__} belongs"
                 raise plugin.fault(what, f"yield {record.__name__} records from it")
             declared.append(spec)
-    if not any(getattr(hooks.hook, hook).get_hookimpls() for hook in _RECORDS):
+    if not implemented:
         wrong = [name for name in dir(module) if name.startswith("llama_stack_") and callable(getattr(module, name))]
         hint = nearest(wrong[0], _RECORDS) if wrong else ""
         raise plugin.fault(

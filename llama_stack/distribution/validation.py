@@ -259,6 +259,10 @@ def _type_remedy(wanted: str, finding: Finding) -> str:
     node = finding.node
     if isinstance(node, Scalar) and node.value is None:
         return f"write {wanted}, or remove the key"
+    if wanted == "a list":
+        return "write each item on a line of its own after '- '"
+    if wanted == "a mapping of keys":
+        return "write 'key: value' lines, indented below this key"
     if isinstance(node, Scalar) and node.variables:
         return f"set {', '.join(node.variables)} to {wanted}"
     if _is_hidden(finding):
@@ -267,10 +271,6 @@ def _type_remedy(wanted: str, finding: Finding) -> str:
         return f'quote it: "{shown(node)}"'
     if wanted in ("a whole number", "a number") and isinstance(node, Scalar) and isinstance(node.value, str):
         return f"write {node.value} without quotes" if _NUMBER.fullmatch(node.value) else f"write {wanted}"
-    if wanted == "a list":
-        return "write each item on a line of its own after '- '"
-    if wanted == "a mapping of keys":
-        return "write 'key: value' lines, indented below this key"
     if wanted == "true or false" and isinstance(node, Scalar) and node.value in ("true", "false"):
         return f"write {node.value} without quotes"
     return f"write {wanted}"
