@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
+import yaml
 from llama_stack_meta_reference import plugin
 from llama_stack_meta_reference.llama.checkpoint import save_hugging_face
 from llama_stack_meta_reference.llama.model import Llama
 
 from llama_stack.apis import Inference, Models
 from llama_stack.apis.common import Dialog, Message, StopReason
+from llama_stack.apis.contract import Shape, operations
 from llama_stack.apis.inference import ChatCompletionRequest, ChatCompletionResponse
 from llama_stack.distribution import Distribution
 from llama_stack.errors import ProviderStartError
 from llama_stack.plugins import discover
 from llama_stack.registry import Registry, declaration_problems
 from llama_stack.stack import Stack, running
+from tests.draft_schemas import DraftSchemas
 from tests.providers.meta_reference import checkpoints, small_tokenizer
 from tests.providers.meta_reference.small_llama import SMALL
 
@@ -111,3 +115,50 @@ async def test_a_model_that_does_not_start_stops_those_that_did(tmp_path: Path, 
     finally:
         await up.stop()
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("engine")]
+
+
+@pytest.mark.anyio
+async def test_the_shipped_model_answers_by_the_drafts_names(tmp_path: Path) -> None:
+    """The tiny distribution's promise: a client that knows only the draft is answered on a fresh machine.
+
+    Bodies and replies are judged by the draft's own schemas, and the streamed answer is the whole one.
+    """
+    schemas = DraftSchemas()
+    shipped = Path(__file__).parents[3] / "distributions" / "tiny.yaml"
+    distribution = Distribution.model_validate(yaml.safe_load(shipped.read_text(encoding="utf-8")))
+    sampling = {"temperature": 0.0, "strategy": "greedy", "top_p": 0.95, "top_k": 0}
+    message = {"role": "user", "content": "Hello!", "tool_calls": [], "tool_responses": []}
+    dialog = {"message": message, "message_history": []}
+    common = {"sampling_params": sampling, "max_tokens": 60, "logprobs": False}
+    chat = {"model": "llama3_8b_chat", "available_tools": [], **common}
+    bodies: dict[str, dict[str, Any]] = {
+        "completion": {"model": "llama3_8b", "content": "Hello", "stream": False, **common},
+        "chat_completion": {"dialog": dialog, "stream": False, **chat},
+        "batch_completion": {"model": "llama3_70b", "content_batch": ["Hello", ""], **common},
+        "batch_chat_completion": {"batch_dialogs": [dialog, dialog], **chat},
+    }
+    texts: dict[str, list[str]] = {}
+    async with running(Stack(distribution, Registry(discover([plugin])[:1]), state_folder=tmp_path)) as up:
+        inference = up.api(Inference)
+        for operation in operations(Inference):
+            if operation.is_extension:
+                continue
+            body = bodies[operation.name]
+            schemas.check_request(operation.key, body)
+            assert operation.body is not None
+            request = operation.body.adapter.validate_json(json.dumps(body))
+            answer = await getattr(inference, operation.name)(request)
+            whole = [line async for line in answer] if operation.shape is Shape.LINES else [answer]
+            for value in whole:
+                schemas.check_reply(operation.key, json.loads(value.model_dump_json(exclude_none=True)))
+            texts[operation.name] = [value.content for value in whole]
+            if operation.shape is Shape.REPLY:
+                stream = await getattr(inference, operation.name)(request.model_copy(update={"stream": True}))
+                chunks = [chunk async for chunk in stream]
+                for chunk in chunks:
+                    sent = json.loads(chunk.model_dump_json(exclude_none=True))
+                    schemas.check_reply(operation.key, sent, chunk=True)
+                assert "".join(chunk.text_delta for chunk in chunks) == whole[0].content
+    assert texts["chat_completion"] * 2 == texts["batch_chat_completion"]
+    assert texts["completion"] == texts["batch_completion"][:1]
+    assert "tiny demo model" in texts["chat_completion"][0]
