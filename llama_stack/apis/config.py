@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from urllib.parse import urlsplit
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -17,3 +20,18 @@ class Config(BaseModel):
 
 class NoConfig(Config):
     """For providers that have nothing to configure."""
+
+
+def server_url(url: str) -> str:
+    """The address of a server as it was given. Raises ``ValueError``, without repeating it, where it is none."""
+    try:
+        parts = urlsplit(url)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets that do not close, a port that is no number or too large
+        is_address = False
+    if not is_address or parts.username or parts.password or re.search(r"[\s\x00-\x1f\x7f?#]", url):
+        raise ValueError(
+            "this is not the address of a server; write http://HOST:PORT or https://HOST:PORT, "
+            "without user, query or fragment"
+        )
+    return url

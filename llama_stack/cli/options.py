@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from urllib.parse import urlsplit
-
 import click
 
 
 def _address(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
-    parts = urlsplit(value)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query or parts.fragment:
-        raise click.BadParameter("write http://HOST:PORT or https://HOST:PORT", ctx, parameter)
-    return value
+    from ..apis.config import server_url
+
+    try:
+        return server_url(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error), ctx, parameter) from error
 
 
 server_url = click.option(

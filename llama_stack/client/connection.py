@@ -9,13 +9,13 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx2
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from .. import __version__
 from ..apis.common import StopReason
+from ..apis.config import server_url
 from ..apis.contract import Operation, Shape
 from ..errors import DeadlineExceededError, FieldFault, InvalidRequestError, UpstreamError
 from .problems import foreign_refusal, read_problem
@@ -63,7 +63,7 @@ class Connection:
         name: str | None = None,
     ) -> None:
         """``name`` is what error messages call the server, for people who are not to know its address."""
-        self._base_url = _checked(base_url)
+        self._base_url = server_url(base_url).rstrip("/")
         self._name = name or self._base_url
         self._timeouts = timeouts
         self._max_bytes = max_reply_bytes
@@ -150,7 +150,7 @@ class Connection:
                 method, self._base_url + path, params=query or None, content=body, headers=headers
             ) as answer:
                 yield answer
-        except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError) as error:
+        except (httpx2.InvalidURL, httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError) as error:
             raise UpstreamError(f"cannot connect to {self._name}{self._because(error)}") from error
         except httpx2.TimeoutException as error:
             waited = f"{self._timeouts.read_seconds:g} s"
@@ -211,18 +211,9 @@ class Connection:
                 f"{_pointer(first['loc']) or 'the value'}: {first['msg']}"
             ) from None
 
-    def _because(self, error: httpx2.HTTPError) -> str:
+    def _because(self, error: httpx2.HTTPError | httpx2.InvalidURL) -> str:
         """The cause, unless it goes to people who are not to know which host is meant."""
         return f": {error or type(error).__name__}" if self._name == self._base_url else ""
-
-
-def _checked(base_url: str) -> str:
-    parts = urlsplit(base_url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError("the address of a server is http://HOST:PORT or https://HOST:PORT")
-    if parts.username or parts.password or parts.query or parts.fragment:
-        raise ValueError("the address of a server has no user, no query and no fragment; a key goes into api_key")
-    return base_url.rstrip("/")
 
 
 def _encode(operation: Operation, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str], bytes | None]:

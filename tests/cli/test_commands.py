@@ -100,6 +100,8 @@ def test_every_command_explains_itself(run: Run, command: str) -> None:
         (("run", "tiny", "--port", "eighty"), "'eighty' is not a valid integer"),
         (("list", "model"), "No such command 'model'"),
         (("chat", "--url", "localhost:8321"), "write http://HOST:PORT"),
+        (("chat", "--url", "http://[::1"), "write http://HOST:PORT"),
+        (("chat", "--url", "http://h:port"), "write http://HOST:PORT"),
         (("chat", "--nonsense"), "No such option"),
         (("version", "extra"), "unexpected extra argument"),
     ],

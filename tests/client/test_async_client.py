@@ -172,7 +172,13 @@ async def test_a_key_goes_into_the_authorization_header() -> None:
     assert server.requests[0].headers["authorization"] == "Bearer k"
 
 
-@pytest.mark.parametrize("url", ["localhost:8321", "ftp://x", "http://", "http://u:secret@x", "http://x/?a=1", ""])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("localhost:8321", "ftp://x", "http://", "http://u:secret@x", "http://x/?a=1", ""),
+        *("http://[::1", "http://x:secret", "http://x:99999", "http://x:0", " http://x", "http://x\n/y", "http://\u2100"),
+    ],
+)
 async def test_an_address_that_is_none_is_refused_at_once(url: str) -> None:
     """And without repeating a password that somebody wrote into it."""
     with pytest.raises(ValueError, match="the address of a server") as caught:

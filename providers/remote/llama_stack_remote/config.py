@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import Annotated
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import AfterValidator, Field, SecretStr
 
 from llama_stack.apis import Config
+from llama_stack.apis.config import server_url
 
 
 class RemoteConfig(Config):
     """Another stack that serves this API."""
 
-    url: str = Field(max_length=2048)
+    url: Annotated[str, AfterValidator(server_url)] = Field(max_length=2048)
     """Its address, such as ``http://10.0.0.7:8321``; the part after the host is put before every path."""
     api_key: SecretStr | None = None
     """The key that it asks for."""
@@ -23,13 +24,3 @@ class RemoteConfig(Config):
     """How long a connection may take to be made."""
     read_timeout_seconds: float = Field(default=600.0, gt=0, le=86_400)
     """How long it may send nothing; a plain answer comes in one piece, when all of it has been generated."""
-
-    @field_validator("url")
-    @classmethod
-    def _is_address(cls, url: str) -> str:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("is no address of a server; write http://HOST:PORT or https://HOST:PORT")
-        if parts.username or parts.password or parts.query or parts.fragment:
-            raise ValueError("has a user, a query or a fragment; write http://HOST:PORT, and the key under api_key")
-        return url

@@ -289,7 +289,7 @@ async def test_the_key_is_sent_and_never_shown() -> None:
     assert "k-123" not in repr(RemoteConfig(url="http://x", api_key="k-123"))
 
 
-@pytest.mark.parametrize("url", ["x", "ftp://x", "http://", "http://user:secret@x", "http://x?y"])
+@pytest.mark.parametrize("url", ["x", "ftp://x", "http://", "http://user:secret@x", "http://x?y", "http://[::1"])
 async def test_an_address_that_is_none_is_a_fault_of_the_distribution(url: str) -> None:
     """Found by ``check``, without a connection."""
     with pytest.raises(ValidationError, match="write http://HOST:PORT"):
