@@ -14,8 +14,6 @@ from pathlib import Path
 from llama_stack_meta_reference.llama.tokenizer import SPLIT_PATTERN, special_token_names
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-VOCABULARY = 600
-
 _TEXT = (
     "The quick brown fox jumps over the lazy dog, and the cat sat on the mat. What is the weather in Paris today? "
     'You are a helpful assistant. user system ipython {"name": "get_weather", "parameters": {"city": "Oslo"}} '
@@ -36,7 +34,7 @@ def hugging_face_json() -> str:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     tokenizer.train_from_iterator([_TEXT] * 3, trainer)
     names = special_token_names()
