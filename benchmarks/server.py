@@ -26,7 +26,6 @@ from pathlib import Path
 from statistics import median
 from urllib.request import urlopen
 
-ROOT = Path(__file__).resolve().parents[1]
 PATH = "/inference/chat_completion"
 REQUEST = {
     "model": "stub",
@@ -74,12 +73,10 @@ def serve_plain() -> int:
 
     import uvicorn
 
-    from benchmarks.smallest_app import app
-
     bound = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio sets TCP_NODELAY only then
     bound.bind(("127.0.0.1", 0))
     print(f"http://127.0.0.1:{bound.getsockname()[1]}", flush=True)
-    uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).run(sockets=[bound])
+    uvicorn.Server(uvicorn.Config("smallest_app:app", log_level="warning", access_log=False)).run(sockets=[bound])
     return 0
 
 
@@ -183,8 +180,8 @@ class Server:
 def server(kind: str, *arguments: str) -> Iterator[Server]:
     """Start one of the servers and wait until it answers."""
     began = time.perf_counter()
-    command = [sys.executable, "-m", "benchmarks.server", f"--{kind}", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT) as process:
+    command = [sys.executable, __file__, f"--{kind}", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None
         url = process.stdout.readline().strip()
         found = Server(url, process.pid, time.perf_counter() - began)
@@ -199,8 +196,8 @@ def server(kind: str, *arguments: str) -> Iterator[Server]:
 def measured(target: Server, connections: int, seconds: float) -> tuple[float, float]:
     """Requests a second, and microseconds of the server's CPU a request."""
     before = target.cpu_seconds
-    command = [sys.executable, "-m", "benchmarks.server", "--load", target.url, str(connections), str(seconds)]
-    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout)
+    command = [sys.executable, __file__, "--load", target.url, str(connections), str(seconds)]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     return found["requests"] / found["seconds"], (target.cpu_seconds - before) / found["requests"] * 1e6
 
 
@@ -234,8 +231,8 @@ def hold_streams(streams: int, seconds: float) -> int:
     steps = max(1, round(seconds / step_seconds))
     with server("ours", str(step_seconds), str(steps)) as ours:
         before = ours.megabytes, ours.files
-        command = [sys.executable, "-m", "benchmarks.server", "--hold", ours.url, str(streams), str(seconds)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as client:
+        command = [sys.executable, __file__, "--hold", ours.url, str(streams), str(seconds)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as client:
             time.sleep(seconds / 2)
             during = ours.megabytes, ours.files
             output, _ = client.communicate()
