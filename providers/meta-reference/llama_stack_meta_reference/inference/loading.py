@@ -134,4 +134,9 @@ def _plan(
             f"model {name!r} does not fit the memory: {plan}; set less context_tokens or max_sequences, a smaller "
             "dtype, or another device"
         )
+    if context < network.max_context and config.context_tokens is None:
+        logger.warning(
+            "model %r: the context is %d of the %d tokens that it was made for; more for %d sequences does not fit",
+            name, context, network.max_context, sequences,
+        )  # fmt: skip
     return plan

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from llama_stack.apis.common import Attachment, Content, Dialog, Message, Role, ToolDefinition
-from llama_stack.errors import ContextLengthError, FieldFault, InvalidRequestError
+from llama_stack.errors import ContextLengthError, DrainingError, FieldFault, InvalidRequestError
 
 from .loading import LoadedModel
 
@@ -34,10 +34,12 @@ class PromptEncoder:
 
     def __init__(self) -> None:
         self._long_prompts = ThreadPoolExecutor(1, "long prompts")
+        self._is_closed = False
 
     async def close(self) -> None:
-        """Forget the prompts that wait; return when the one under way is done."""
-        await asyncio.to_thread(self._long_prompts.shutdown, cancel_futures=True)
+        """Refuse the prompts that wait, with ``DrainingError``; return when the one under way is done."""
+        self._is_closed = True
+        await asyncio.to_thread(self._long_prompts.shutdown)
 
     async def texts(self, model: LoadedModel, contents: Sequence[tuple[str, Content]]) -> list[list[int]]:
         """The prompts that continue these texts, each given with its JSON pointer. Raises as ``dialogs``."""
@@ -72,14 +74,20 @@ class PromptEncoder:
 
     async def _encode(self, parts: Sequence[_Part], context: int) -> list[list[int]]:
         def encode_all() -> list[list[int]]:
+            self._check_open()
             return [_encode_one(part, context) for part in parts]
 
+        self._check_open()
         characters = sum(part.characters for part in parts) + 50 * len(parts)
         if characters <= _INLINE_CHARACTERS:
             return encode_all()
         if characters <= _SHORT_CHARACTERS:
             return await asyncio.to_thread(encode_all)
         return await asyncio.get_running_loop().run_in_executor(self._long_prompts, encode_all)
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise DrainingError("the provider is being stopped")
 
 
 def _encode_one(part: _Part, context: int) -> list[int]:

@@ -112,7 +112,7 @@ def test_the_context_is_what_was_asked_for_up_to_what_the_checkpoint_was_made_fo
 
 
 def test_a_context_that_does_not_fit_is_refused_and_by_default_as_much_as_fits_is_taken(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The error carries the plan, with the longest context that would fit, before any weight is read."""
     weights, per_token = NETWORK.parameter_count * 4, 256
@@ -123,6 +123,9 @@ def test_a_context_that_does_not_fit_is_refused_and_by_default_as_much_as_fits_i
     assert load("m", asked.model_copy(update={"context_tokens": 60})).engine.context == 60
     monkeypatch.setattr(loading, "available_memory", lambda device: 2 * (weights + 60 * 8 * per_token))
     assert load("m", ModelConfig(checkpoint=str(folder), device="cpu")).engine.context == 60
+    assert [record.getMessage() for record in caplog.records] == [
+        "model 'm': the context is 60 of the 128 tokens that it was made for; more for 8 sequences does not fit"
+    ]
     monkeypatch.setattr(loading, "available_memory", lambda device: weights)
     with pytest.raises(SetupError, match="does not fit the memory"):
         load("m", ModelConfig(checkpoint=str(folder), device="cpu"))

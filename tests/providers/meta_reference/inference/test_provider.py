@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -47,13 +48,14 @@ from llama_stack.apis.inference import (
 )
 from llama_stack.errors import (
     ContextLengthError,
+    DrainingError,
     EngineRestartedError,
     InvalidRequestError,
     ModelNotFoundError,
     OverloadedError,
 )
 from tests.draft_schemas import DraftSchemas
-from tests.providers.meta_reference.lookup import byte_tokenizer, lookup_llama, new_engine, writing
+from tests.providers.meta_reference.lookup import SPECIALS, byte_tokenizer, lookup_llama, new_engine, writing
 
 pytestmark = pytest.mark.anyio
 
@@ -66,7 +68,13 @@ IMAGE = Attachment(url="https://example.com/cat.png", mime_type="image/png")
 
 @asynccontextmanager
 async def serving(
-    tmp_path: Path, tokenizer: Tokenizer, model: Llama, *, max_sequences: int = 4, queue_size: int = 256
+    tmp_path: Path,
+    tokenizer: Tokenizer,
+    model: Llama,
+    *,
+    max_sequences: int = 4,
+    queue_size: int = 256,
+    encoder: PromptEncoder | None = None,
 ) -> AsyncIterator[tuple[MetaReferenceInference, Engine]]:
     """A provider of one model, ``m``, that is also called ``llama3_8b``."""
     save_hugging_face(model, tmp_path / "m")
@@ -82,7 +90,7 @@ async def serving(
         dtype=torch.float32,
         plan=plan,
     )
-    encoder = PromptEncoder()
+    encoder = encoder or PromptEncoder()
     engine.start()
     try:
         yield MetaReferenceInference({"m": loaded}, {"llama3_8b": "m"}, encoder), engine
@@ -462,29 +470,53 @@ async def test_an_engine_fault_in_a_stream_is_a_typed_error(
     assert "not finite" in caplog.text
 
 
+class HeldTokenizer(Tokenizer):
+    """Bytes as tokens; holds back the encoding of long texts until it is released."""
+
+    def __init__(self) -> None:
+        super().__init__(self._encode_bytes, {byte: bytes([byte]) for byte in range(256)}, SPECIALS)
+        self.entered = threading.Event()
+        self.released = threading.Event()
+
+    def _encode_bytes(self, text: str) -> list[int]:
+        if len(text) > 10_000:
+            self.entered.set()
+            assert self.released.wait(timeout=30)
+        return list(text.encode())
+
+
 @pytest.mark.parametrize(("long_prompts", "characters"), [(1, 20_000), (30, 200_000)])
 async def test_others_are_answered_while_long_prompts_are_encoded(
     tmp_path: Path, long_prompts: int, characters: int
 ) -> None:
     """A prompt of megabytes takes seconds to encode: neither the event loop nor all threads may wait for it."""
-    tokenizer, model = endless(context=1024)
-    release = asyncio.Event()
-    loop = asyncio.get_running_loop()
-
-    def encode(text: str) -> list[int]:
-        if len(text) > 10_000:  # the long text waits for the event loop to make progress
-            asyncio.run_coroutine_threadsafe(release.wait(), loop).result(timeout=30)
-        return list(text.encode())
-
-    waiting = Tokenizer(encode, {byte: bytes([byte]) for byte in range(256)}, tokenizer.specials)
-    async with serving(tmp_path, waiting, model) as (provider, _):
+    tokenizer = HeldTokenizer()
+    async with serving(tmp_path, tokenizer, endless(context=1024)[1]) as (provider, _):
         request = completion(content="x" * characters)
         long = [asyncio.create_task(provider.completion(request)) for _ in range(long_prompts)]
         with_tools = await whole(provider, chat(available_tools=[WEATHER], max_tokens=1))
         assert with_tools.stop_reason is StopReason.MAX_TOKENS
         assert not any(task.done() for task in long)
-        release.set()
+        tokenizer.released.set()
         assert {type(error) for error in await asyncio.gather(*long, return_exceptions=True)} == {ContextLengthError}
+
+
+async def test_stopping_refuses_the_prompts_that_wait_to_be_encoded(tmp_path: Path) -> None:
+    """A stop waits for one prompt at most, and every client learns what happened."""
+    tokenizer, encoder = HeldTokenizer(), PromptEncoder()
+    async with serving(tmp_path, tokenizer, endless()[1], encoder=encoder) as (provider, _):
+        request = completion(content="x" * 200_000)
+        calls = [asyncio.create_task(provider.completion(request)) for _ in range(5)]
+        assert await asyncio.to_thread(tokenizer.entered.wait, 30)
+        closing = asyncio.create_task(encoder.close())
+        await asyncio.sleep(0)
+        with pytest.raises(DrainingError):
+            await provider.completion(completion())
+        tokenizer.released.set()
+        await closing
+        ends = [type(error) for error in await asyncio.gather(*calls, return_exceptions=True)]
+        assert ends == [ContextLengthError, *[DrainingError] * 4]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("long prompts")]
 
 
 def sent(value: BaseModel) -> Any:
