@@ -36,7 +36,7 @@ def command(generation: Generation, message: str | None, system: str | None) -> 
     with generation.client() as client:
         model = generation.model_of(client)
         if message is not None:
-            answer(client, model, generation, [*history, user_message(text_or_stdin(message))])
+            _answer(client, model, generation, [*history, user_message(text_or_stdin(message))])
             return 0
         if sys.stdin.isatty():
             click.echo(f"{model}: type a message; Ctrl-C stops an answer, Ctrl-D leaves.", err=True)
@@ -45,7 +45,7 @@ def command(generation: Generation, message: str | None, system: str | None) -> 
                 continue
             try:
                 asked = user_message(said)
-                reply = answer(client, model, generation, [*history, asked])
+                reply = _answer(client, model, generation, [*history, asked])
             except KeyboardInterrupt:
                 if not sys.stdin.isatty():
                     raise
@@ -59,7 +59,7 @@ def command(generation: Generation, message: str | None, system: str | None) -> 
     return 0
 
 
-def answer(client: Client, model: str, generation: Generation, messages: list[Message]) -> Message:
+def _answer(client: Client, model: str, generation: Generation, messages: list[Message]) -> Message:
     """Print the model's answer to the last message as it comes, and return it."""
     from ..apis.common import Dialog, Message
     from ..apis.inference import ChatCompletionRequest

@@ -26,7 +26,6 @@ GROUP = "llama_stack.commands"
 
 DONE = 0
 REFUSED = 1
-MISUSE = 2
 INTERRUPTED = 130
 
 _COMMANDS = ("run", "check", "list", "schema", "chat", "complete", "version")

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
@@ -102,25 +102,9 @@ def generation_options(function: Callable[..., int]) -> Callable[..., int]:
     """Give a command the options of ``Generation``, and hand them to it as one argument."""
 
     @wraps(function)
-    def command(
-        *,
-        url: str,
-        distribution: str | None,
-        model: str | None,
-        max_tokens: int,
-        temperature: float,
-        seed: int | None,
-        **rest: Any,
-    ) -> int:
-        generation = Generation(
-            url=url,
-            distribution=distribution,
-            model=model,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            seed=seed,
-        )
-        return function(generation=generation, **rest)
+    def command(**options: Any) -> int:
+        generation = Generation(**{field.name: options.pop(field.name) for field in fields(Generation)})
+        return function(generation=generation, **options)
 
     options = (
         server_url,

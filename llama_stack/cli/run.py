@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
-import sys
 from typing import TYPE_CHECKING
 
 import click
 
+from ..errors import StackError
+
 if TYPE_CHECKING:
     from ..stack import Stack
 
-    pass
+
+logger = logging.getLogger("llama_stack.cli")
 
 
 @click.command(name="run")
@@ -43,20 +46,32 @@ def command(distribution: str, host: str | None, port: int | None) -> int:
 
 
 async def _announce(stack: Stack, address: str) -> None:
-    """Print where the stack answers, who provides what, and every model with the device it runs on."""
-    from ..apis import Models
-
-    click.echo(f"{stack.distribution.name} answers at {address}")
+    """Print where the stack answers, who provides what, its faces, and every model with the device it runs on."""
+    lines = [f"{stack.distribution.name} answers at {address}"]
     for provider in stack.status():
         name = provider.id if provider.id == provider.provider else f"{provider.id} ({provider.provider})"
         took = "" if provider.start_seconds is None else f" after {provider.start_seconds:.1f} s"
         why = "" if provider.reason is None else f": {provider.reason}"
-        click.echo(f"  {provider.api}: {name} is {provider.state}{took}{why}")
+        lines.append(f"  {provider.api}: {name} is {provider.state}{took}{why}")
+    lines += [f"  face: {name} is ready" for name in stack.faces]
+    click.echo("\n".join(lines))
+    try:
+        for line in await _models(stack):
+            click.echo(line)
+    except Exception as error:  # such as that of a remote stack that has just left; nobody waits for this task
+        trace = None if isinstance(error, StackError) else error
+        logger.warning("the models cannot be listed: %s", error, exc_info=trace)
+
+
+async def _models(stack: Stack) -> list[str]:
+    from ..apis import Models
+
     served = [model async for model in await stack.api(Models).list_models()]
+    lines = []
     for model in served:
         if model.alias_of is None:
             device = "" if model.device is None else f" on {model.device}"
             context = "" if model.context_tokens is None else f", {model.context_tokens} tokens of context"
             names = ", ".join(other.model for other in served if other.alias_of == model.model)
-            click.echo(f"  model {model.model}{device}{context}" + (f", also as {names}" if names else ""))
-    sys.stdout.flush()
+            lines.append(f"  model {model.model}{device}{context}" + (f", also as {names}" if names else ""))
+    return lines

@@ -11,35 +11,72 @@ from pathlib import Path
 from tests.broken_plugins import install
 from tests.cli.called import Run, Served, process
 
-STUB = """
+HERE = """
 version: 1
 name: here
 providers:
   inference:
     - provider: stub
-      config: {{ models: [stub, other] }}
-server: {{ port: {port} }}
+      config: { models: [stub, other] }
+faces:
+  - face: bare
+server: { port: 0 }
+"""
+FACE = """
+    from collections.abc import AsyncIterator
+    from contextlib import asynccontextmanager
+    from fastapi import APIRouter
+    from llama_stack.plugins import FaceSpec, hookimpl
+
+    @asynccontextmanager
+    async def start() -> AsyncIterator[APIRouter]:
+        yield APIRouter()
+
+    @hookimpl
+    def llama_stack_faces():
+        return [FaceSpec(name="bare", start=start)]
+"""
+
+LISTLESS = """
+    from collections.abc import AsyncIterator
+    from contextlib import asynccontextmanager
+    from llama_stack.apis import Inference
+    from llama_stack.plugins import ProviderSpec, hookimpl
+    from llama_stack.testing.stub_inference import StubConfig, StubInference
+
+    class Listless(StubInference):
+        async def models(self):
+            raise RuntimeError("no list")
+
+    @asynccontextmanager
+    async def start() -> AsyncIterator[Inference]:
+        yield Listless(StubConfig())
+
+    @hookimpl
+    def llama_stack_providers():
+        return [ProviderSpec(api=Inference, name="listless", start=start)]
 """
 
 
-def with_stub(folder: Path, port: int = 0) -> Path:
-    """Install the stub beside the other packages, and write a distribution that uses it."""
+def here(folder: Path) -> Path:
+    """Install the stub and a face beside the other packages, and write a distribution that uses them."""
     install(folder, "acme-stub", {}, {"stub": "llama_stack.testing.stub_inference:stub"})
+    install(folder, "acme-face", {"acme_face": FACE}, {"bare": "acme_face"})
     file = folder / "here.yaml"
-    file.write_text(STUB.format(port=port))
+    file.write_text(HERE)
     return file
 
 
 def test_run_says_what_it_serves_serves_it_and_ends_with_0(tmp_path: Path) -> None:
-    """The first lines on stdout are the address, the providers and the models; a signal ends it cleanly."""
-    file = with_stub(tmp_path)
+    """The first lines on stdout are the address, the providers, the faces and the models; a signal ends it cleanly."""
+    file = here(tmp_path)
     with process("run", str(file), "--port", "0", site=tmp_path, home=tmp_path / "home") as started:
         assert started.stdout is not None
         first = started.stdout.readline()
         assert first.startswith("here answers at http://127.0.0.1:")
-        lines = [started.stdout.readline() for _ in range(3)]
+        lines = [started.stdout.readline() for _ in range(4)]
         assert lines[0].startswith("  inference: stub is ready after ")
-        assert lines[1:] == ["  model other\n", "  model stub\n"]
+        assert lines[1:] == ["  face: bare is ready\n", "  model other\n", "  model stub\n"]
         url = first.split()[-1]
         with urllib.request.urlopen(f"{url}/health/ready") as answer:
             assert json.load(answer)["status"] == "ready"
@@ -47,6 +84,22 @@ def test_run_says_what_it_serves_serves_it_and_ends_with_0(tmp_path: Path) -> No
         out, err = started.communicate(timeout=60)
     assert (started.returncode, out) == (0, "")
     assert all(json.loads(line) for line in err.splitlines())
+
+
+def test_models_that_cannot_be_listed_are_a_warning_in_the_log(tmp_path: Path) -> None:
+    """The server runs, so its address is printed all the same."""
+    install(tmp_path, "acme-listless", {"acme_listless": LISTLESS}, {"listless": "acme_listless"})
+    file = tmp_path / "bare.yaml"
+    file.write_text("version: 1\nname: bare\nproviders: { inference: [{ provider: listless }] }\n")
+    with process("run", str(file), "--port", "0", site=tmp_path, home=tmp_path / "home") as started:
+        assert started.stdout is not None
+        assert started.stderr is not None
+        assert started.stdout.readline().startswith("bare answers at http://127.0.0.1:")
+        logged = next(line for line in started.stderr if "cannot be listed" in line)
+        assert json.loads(logged)["level"] == "warning"
+        started.send_signal(signal.SIGTERM)
+        started.communicate(timeout=60)
+    assert started.returncode == 0
 
 
 def test_a_port_on_the_command_line_goes_before_the_files(run: Run, tmp_path: Path, server: Served) -> None:
