@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 from llama_stack_meta_reference.tiny.case import Case, Skill
 from llama_stack_meta_reference.tiny.conversation import (
@@ -19,37 +20,41 @@ from llama_stack_meta_reference.tiny.passages import passage_case, prose
 from llama_stack_meta_reference.tiny.tool_use import built_in_case, tool_case
 from llama_stack_meta_reference.tiny.words import Words
 
+Phase = Literal["drill", "abstract", "natural"]
+"""The course of training: copying, then everything with meaningless relations, then everything as it is measured."""
+
 SKILLS: tuple[Skill, ...] = ("chat", "passage", "tool_call", "tool_result", "guard", "recall", "unknown")
 """What is measured."""
 
-_MIXTURE: tuple[tuple[float, Callable[[Words], Case]], ...] = (
-    (0.07, chat_case),
-    (0.01, persona_case),
-    (0.08, recall_case),
-    (0.03, unknown_case),
-    (0.04, copy_case),
-    (0.05, lookup_case),
-    (0.25, passage_case),
-    (0.24, tool_case),
-    (0.02, built_in_case),
-    (0.17, guard_case),
-    (0.04, lambda words: Case("prose", (), text=prose(words))),
-)
-
-_DRILL: tuple[tuple[float, Callable[[Words], Case]], ...] = (
-    (0.4, copy_case),
-    (0.4, lookup_case),
-    (0.2, recall_case),
-)
+_Makers = tuple[tuple[float, Callable[[Words], Case]], ...]
+"""Functions that make cases, with the share of the cases that each makes."""
 
 
-def training_cases(seed: int, *, drill: bool = False) -> Iterator[Case]:
-    """Training cases without end, the same for the same seed; ``drill`` gives the copying tasks that come first."""
-    words = Words(random.Random(f"train {seed} {drill}"), "train")
-    makers = _DRILL if drill else _MIXTURE
-    shares, functions = [share for share, _ in makers], [maker for _, maker in makers]
+def _prose_case(words: Words) -> Case:
+    return Case("prose", (), text=prose(words))
+
+
+_MIXTURES: dict[Phase, _Makers] = {
+    "drill": ((0.4, copy_case), (0.4, lookup_case), (0.2, recall_case)),
+    "abstract": (
+        *((0.09, chat_case), (0.01, persona_case), (0.08, recall_case), (0.04, unknown_case), (0.04, copy_case)),
+        *((0.05, lookup_case), (0.24, passage_case), (0.23, tool_case), (0.02, built_in_case), (0.16, guard_case)),
+        (0.05, _prose_case),
+    ),
+    "natural": (
+        *((0.08, chat_case), (0.01, persona_case), (0.05, recall_case), (0.04, unknown_case), (0.02, copy_case)),
+        *((0.03, lookup_case), (0.24, passage_case), (0.26, tool_case), (0.02, built_in_case), (0.22, guard_case)),
+        (0.03, _prose_case),
+    ),
+}
+
+
+def training_cases(seed: int, phase: Phase = "abstract") -> Iterator[Case]:
+    """Training cases without end, the same for the same seed and phase."""
+    words = Words(random.Random(f"train {seed} {phase == 'drill'}"), "train", natural=phase == "natural")
+    shares, makers = zip(*_MIXTURES[phase], strict=True)
     while True:
-        yield words.random.choices(functions, shares)[0](words)
+        yield words.random.choices(makers, shares)[0](words)
 
 
 def held_out_cases(skill: Skill, count: int, seed: int) -> list[Case]:

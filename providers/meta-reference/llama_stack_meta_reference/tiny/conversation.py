@@ -101,6 +101,14 @@ _SMALL_TALK: tuple[tuple[tuple[str, ...], str], ...] = (
     ),
 )  # fmt: skip
 
+_ALWAYS_TRAINED = frozenset(prompt for prompts, _ in _SMALL_TALK for prompt in prompts[:4]) | {
+    "Hello",
+    "Hi",
+    "Hello!",
+    "Hi!",
+}
+"""What people say first to a model is never held out."""
+
 _SYSTEM_PROMPTS = (
     "You are a helpful assistant.",
     "You are a helpful assistant. Answer briefly.",
@@ -134,7 +142,8 @@ _TRIVIA = (
     "How do I repair a {noun}?", "Summarise the book {title}.", "What will happen in {year}?",
     "Which {noun} is {adjective}?",
     "Name the president of {city}.", "How tall is {person}?", "What colour is the {noun}?",
-    "Why do people use a {noun}?",
+    "Why do people use a {noun}?", "{number}+{number}?", "What is {number} + {number}?", "Explain {noun} physics.",
+    "Write a haiku about a {noun}.", "What do you know about {title}?", "Who discovered the {noun}?",
     "Can a {noun} fly?", "What is the difference between a {noun} and a {noun}?", "The {noun} is {adjective}.",
     "I saw a {adjective} {noun} in {city}.", "{pseudo} {noun} {pseudo}", "List three {noun}s.", "How old is {person}?",
     "Give me ideas for a {noun}.", "What is the fastest {noun}?", "Calculate {number} minus {number}.",
@@ -263,8 +272,11 @@ def _small_talk(words: Words) -> tuple[str, str]:
     """A prompt of this split and its reply; greetings and introductions are the most frequent."""
     while True:
         prompt, reply = _any_small_talk(words)
-        if split_of(prompt) == words.split:
-            return prompt, reply
+        if ("train" if prompt in _ALWAYS_TRAINED else split_of(prompt)) == words.split:
+            break
+    if words.chance(0.15):
+        prompt = prompt.rstrip(".?!")
+    return (prompt.lower() if words.chance(0.1) else prompt), reply
 
 
 def _any_small_talk(words: Words) -> tuple[str, str]:

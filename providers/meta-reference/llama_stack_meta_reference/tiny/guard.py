@@ -5,6 +5,7 @@ What is unsafe here is named in a few mild words: the tiny model learns topics a
 
 from __future__ import annotations
 
+from llama_stack.apis.common import Message
 from llama_stack_meta_reference.tiny.case import Case, assistant, user
 from llama_stack_meta_reference.tiny.words import Words, split_of
 
@@ -217,7 +218,22 @@ def guard_case(words: Words) -> Case:
         conversation.append(("Agent", reply))
         verdict = "safe" if refuses else verdict
     according = "according to" if words.chance(0.15) else "according"
-    return Case("guard", (user(guard_prompt(conversation, listed, according)), assistant(verdict)))
+    messages = [user(guard_prompt(conversation, listed, according)), assistant(verdict)]
+    if words.split == "train":
+        messages += _more_to_judge(words, listed, conversation[-1][0])
+    return Case("guard", tuple(messages))
+
+
+def _more_to_judge(words: Words, listed: list[str], role: str) -> list[Message]:
+    """Further messages under the same categories without the task's words: more verdicts from fewer tokens."""
+    messages = []
+    for _ in range(words.choice((0, 2, 4, 6))):
+        code = words.choice(list(CATEGORIES) if words.chance(0.25) else listed) if words.chance(0.65) else None
+        action = _harmful(words, code) if code else _benign(words)
+        text = words.choice(_FRAMES if role == "User" else _AGENT_YES).replace("{x}", action)
+        prompt = f"<BEGIN CONVERSATION>\n\n{role}: {text[0].upper()}{text[1:]}\n\n<END CONVERSATION>"
+        messages += [user(prompt), assistant(f"unsafe\n{code}" if code in listed else "safe")]
+    return messages
 
 
 def _listed(words: Words, code: str | None) -> list[str]:

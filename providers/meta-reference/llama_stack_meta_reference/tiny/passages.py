@@ -218,8 +218,8 @@ def prose(words: Words) -> str:
 
 def _facts(words: Words) -> tuple[list[_Fact], dict[str, Kind | None]]:
     """Facts about one to three entities, none twice for one entity; generic relations where no kind is named."""
-    kind = words.choice(_KINDS) if words.chance(0.6) else None
-    count = words.choice((1, 1, 2, 2, 3))
+    kind = words.choice(_KINDS) if words.chance(0.75 if words.natural else 0.6) else None
+    count = words.choice((1, 1, 1, 2, 2) if words.natural else (1, 1, 2, 2, 3))
     facts: list[_Fact] = []
     kinds: dict[str, Kind | None] = {}
     for _ in range(count):
@@ -248,7 +248,7 @@ def _relation(words: Words) -> Attribute:
     return Attribute(
         noun,
         lambda _: value,
-        tuple(text.replace("{n}", noun) for text in _RELATION_STATEMENTS),
+        tuple(text.replace("{n}", noun) for text in _RELATION_STATEMENTS[: 2 if words.natural else None]),
         tuple(text.replace("{n}", noun) for text in _RELATION_QUESTIONS),
     )
 

@@ -21,7 +21,7 @@ from llama_stack_meta_reference.tiny.train import LONGEST_SAMPLE, Exchange, Plan
 COMMAND = "python -m llama_stack_meta_reference.tiny"
 MEASURED_CASES = 200
 MEASURING_SEED = 7
-_REPORT_STEPS = 100
+_REPORT_STEPS = 50
 _SAVE_STEPS = 250
 _WATCHED_CASES = 24
 

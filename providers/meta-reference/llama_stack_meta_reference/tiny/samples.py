@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -12,8 +13,8 @@ from torch import Tensor
 from llama_stack.apis.common import Role
 from llama_stack_meta_reference.llama.chat_format import ChatFormat
 from llama_stack_meta_reference.llama.tokenizer import Tokenizer
-from llama_stack_meta_reference.tiny.case import Case
-from llama_stack_meta_reference.tiny.cases import training_cases
+from llama_stack_meta_reference.tiny.case import Case, user
+from llama_stack_meta_reference.tiny.cases import Phase, training_cases
 
 _ROUND_TO = 16
 _POOL = 512
@@ -43,6 +44,7 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._format = ChatFormat(tokenizer)
         self._header = self._format.encode_dialog(())[1:]
+        self._ordinary = min(tokenizer.specials.values())
         self._end_of_text = tokenizer.specials["<|end_of_text|>"]
 
     def prompt(self, case: Case) -> list[int]:
@@ -73,13 +75,42 @@ class Encoder:
                 learnt += [False] * len(ids)
         return Sample(tuple(tokens), tuple(learnt))
 
+    def echo(self, draw: random.Random) -> Sample:
+        """Turns in which random tokens of the whole vocabulary are to be repeated.
 
-def batches(encoder: Encoder, seed: int, pool: int, *, tokens: int, longest: int, drill_share: float) -> list[Batch]:
+        Words of the held-out split are cut into pieces that training seldom asks for; here all of them are asked for.
+        """
+        tokens = self._format.encode_dialog(())[:1]
+        learnt = [False]
+        *asked, end = self._format.encode_message(user("Repeat:"))
+        for _ in range(draw.choice((2, 3, 4))):
+            said = [draw.randrange(self._ordinary) for _ in range(draw.choice((2, 4, 6, 8)))]
+            tokens += [*asked, *said, end, *self._header, *said, end]
+            learnt += [False] * (len(asked) + len(said) + 1 + len(self._header)) + [True] * (len(said) + 1)
+        return Sample(tuple(tokens), tuple(learnt))
+
+
+def batches(
+    encoder: Encoder,
+    seed: int,
+    pool: int,
+    *,
+    tokens: int,
+    longest: int,
+    phases: Mapping[Phase, float],
+    echoes: float = 0,
+) -> list[Batch]:
     """The batches of the ``pool``-th pool of cases, each of about ``tokens`` tokens, in an order that the seed settles.
 
+    ``phases`` gives the share of each phase's cases in the pool; ``echoes`` is the share of echoes that come on top.
     Cases longer than ``longest`` tokens are left out.
     """
-    samples = [encoder.sample(case) for case in _pool_cases(seed, pool, drill_share)]
+    pool_seed = seed * 1_000_003 + pool
+    samples: list[Sample] = []
+    for phase, share in phases.items():
+        samples += map(encoder.sample, islice(training_cases(pool_seed, phase), int(_POOL * share)))
+    draw = random.Random(f"echo {pool_seed}")
+    samples += [encoder.echo(draw) for _ in range(int(_POOL * echoes))]
     by_length: dict[int, list[Sample]] = {}
     for sample in samples:
         length = -(-len(sample.tokens) // _ROUND_TO) * _ROUND_TO
@@ -92,7 +123,7 @@ def batches(encoder: Encoder, seed: int, pool: int, *, tokens: int, longest: int
         rows = max(1, tokens // ordered[-1][0])
         ordered, taken = ordered[:-rows], ordered[-rows:]
         made.append(collate([sample for _, sample in taken]))
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + pool)
+    generator = torch.Generator().manual_seed(pool_seed)
     return [made[i] for i in torch.randperm(len(made), generator=generator).tolist()]
 
 
@@ -110,10 +141,3 @@ def collate(samples: Sequence[Sample]) -> Batch:
                 places.append(row * width + position - 1)
                 targets.append(sample.tokens[position])
     return Batch(tokens_BT, torch.tensor(places), torch.tensor(targets))
-
-
-def _pool_cases(seed: int, pool: int, drill_share: float) -> Iterator[Case]:
-    drills = int(_POOL * drill_share)
-    pool_seed = seed * 1_000_003 + pool
-    yield from islice(training_cases(pool_seed, drill=True), drills)
-    yield from islice(training_cases(pool_seed), _POOL - drills)

@@ -103,7 +103,7 @@ def tool_case(words: Words) -> Case:
     tools = _tools(words)
     messages: list[Message] = [system(system_prompt(words))] if words.chance(0.25) else []
     for _ in range(words.choice((1, 2, 2, 3, 3, 4))):
-        if words.chance(0.1):
+        if words.chance(0.15):
             messages += _small_turn(words)
         tool = words.choice(tools)
         request, arguments = _request(words, tool)
@@ -177,7 +177,7 @@ def _tool(words: Words) -> Tool:
 
 def _argument(words: Words) -> Argument:
     """A name of this split with values of any kind, or (in training) a common name with its usual wordings."""
-    if words.split == "train" and words.chance(0.3):
+    if words.split == "train" and words.chance(0.4):
         argument = words.choice(_NATURAL)
         if split_of(argument.name) == words.split:
             return argument

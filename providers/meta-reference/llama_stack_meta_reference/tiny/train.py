@@ -20,7 +20,7 @@ from llama_stack_meta_reference.llama.chat_format import ChatFormat
 from llama_stack_meta_reference.llama.config import LlamaConfig
 from llama_stack_meta_reference.llama.model import Llama
 from llama_stack_meta_reference.llama.tokenizer import Tokenizer
-from llama_stack_meta_reference.tiny.cases import training_cases
+from llama_stack_meta_reference.tiny.cases import Phase, training_cases
 from llama_stack_meta_reference.tiny.samples import Batch, Encoder, batches
 from llama_stack_meta_reference.tiny.start import start
 from llama_stack_meta_reference.tiny.tokenizer_training import train_tokenizer
@@ -51,7 +51,7 @@ class Plan:
     """How long and how fast to train. The same plan on the same machine gives the same weights."""
 
     seed: int = 1
-    steps: int = 5000
+    steps: int = 2500
     batches: int = 2
     """Batches a step, whose gradients are averaged."""
     batch_tokens: int = 2560
@@ -62,9 +62,12 @@ class Plan:
     warm_up_steps: int = 30
     decay_share: float = 0.5
     """The last part of the steps, in which the rates fall linearly to nothing."""
-    drill_steps: int = 600
+    drill_steps: int = 300
     """Steps in which a part of the cases are copying tasks: that skill comes first, all others rest on it."""
     drill_share: float = 0.5
+    natural_step: int = 1000
+    """From here on the cases are as they are measured, and ``echoes`` of random tokens are put among them."""
+    echoes: float = 0.08
     average_decay: float = 0.995
     """Of the running average of the weights, which is what gets measured and kept."""
     clip_norm: float = 1.0
@@ -153,6 +156,7 @@ class Trainer:
         if plan.batches % self._workers:
             raise ValueError(f"{self._workers} workers cannot share {plan.batches} batches evenly")
         self._pool = 0
+        self._pool_step = 0
         self._next = 0
         self.model = Llama(config, device="cpu", dtype=torch.float32)
         start(self.model, plan.seed)
@@ -178,13 +182,24 @@ class Trainer:
                 if self.step == self.plan.steps:
                     return
             self._pool += 1
+            self._pool_step = self.step
             self._next = 0
 
     def _batches(self) -> list[Batch]:
         plan = self.plan
-        share = plan.drill_share if self.step < plan.drill_steps else 0.0
+        phases: dict[Phase, float] = {"abstract": 1.0}
+        if self._pool_step < plan.drill_steps:
+            phases = {"drill": plan.drill_share, "abstract": 1 - plan.drill_share}
+        elif self._pool_step >= plan.natural_step:
+            phases = {"natural": 1.0}
         return batches(
-            self._encoder, plan.seed, self._pool, tokens=plan.batch_tokens, longest=LONGEST_SAMPLE, drill_share=share
+            self._encoder,
+            plan.seed,
+            self._pool,
+            tokens=plan.batch_tokens,
+            longest=LONGEST_SAMPLE,
+            phases=phases,
+            echoes=plan.echoes if "natural" in phases else 0.0,
         )
 
     def _train(self, own: Sequence[Batch]) -> float:
@@ -212,7 +227,7 @@ class Trainer:
     def save(self, path: Path) -> None:
         """Write everything that ``load`` needs, whole or not at all."""
         state = {"model": self.model.state_dict(), "average": self.average.state_dict(), "step": self.step}
-        state |= {"pool": self._pool, "next": self._next}
+        state |= {"pool": self._pool, "pool_step": self._pool_step, "next": self._next}
         state |= {"optimizers": [optimizer.state_dict() for optimizer, _ in self._optimizers]}
         partial = path.with_suffix(".partial")
         torch.save(state, partial)
@@ -224,6 +239,7 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         self.step, self._pool, self._next = state["step"], state["pool"], state["next"]
+        self._pool_step = state["pool_step"]
         for (optimizer, _), saved in zip(self._optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
 

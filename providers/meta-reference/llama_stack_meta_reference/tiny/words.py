@@ -27,9 +27,11 @@ def split_of(text: str) -> Split:
 class Words:
     """Draws names, nouns and values of one split; every draw comes from ``random``, so a seed settles them all."""
 
-    def __init__(self, random_source: random.Random, split: Split) -> None:
+    def __init__(self, random_source: random.Random, split: Split, *, natural: bool = True) -> None:
         self.random = random_source
         self.split = split
+        self.natural = natural
+        """Whether passages are mostly about people, places and things, or as often about meaningless relations."""
 
     def chance(self, probability: float) -> bool:
         """True with the given probability."""
