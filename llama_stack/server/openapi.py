@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import deepcopy
+from functools import cache
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -28,45 +30,31 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _COMPONENT = "#/components/schemas/"
 _LIMITS = frozenset(
     [
-        "minLength",
-        "maxLength",
-        "pattern",
-        "minItems",
-        "maxItems",
-        "minProperties",
-        "maxProperties",
-        "propertyNames",
-        "patternProperties",
-        "minimum",
-        "maximum",
-        "exclusiveMinimum",
-        "exclusiveMaximum",
-        "multipleOf",
+        *("minLength", "maxLength", "pattern", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"),
+        *("multipleOf", "minItems", "maxItems", "minProperties", "maxProperties", "propertyNames", "patternProperties"),
     ]
 )
 
-PROBLEM: Json = {
-    "title": "Problem",
-    "description": "What every answer but a success says: an RFC 9457 problem document that OpenAI clients can read.",
-    "type": "object",
-    "required": ["type", "title", "status", "detail", "instance", "error"],
-    "properties": {
-        "type": {"type": "string", "description": "The kind of error: urn:llama-stack:error: and its code."},
-        "title": {"type": "string", "description": "The kind of error, in words."},
-        "status": {"type": "integer", "description": "The HTTP status."},
-        "detail": {"type": "string", "description": "What was wrong, where, and what would be right."},
-        "instance": {"type": "string", "description": "This very request: urn:request: and the X-Request-Id."},
-        "errors": {
-            "type": "array",
-            "description": "Each fault of the request.",
-            "items": {"$ref": _COMPONENT + "ProblemFault"},
-        },
-        "error": {"$ref": _COMPONENT + "ProblemError"},
-    },
-}
-"""The schema of an error, as RELIABILITY section 4 settles it; further members may come with single codes."""
 _PROBLEM_PARTS: dict[str, Json] = {
-    "Problem": PROBLEM,
+    "Problem": {
+        "title": "Problem",
+        "description": "Every answer but a success: an RFC 9457 problem document that OpenAI clients can read.",
+        "type": "object",
+        "required": ["type", "title", "status", "detail", "instance", "error"],
+        "properties": {
+            "type": {"type": "string", "description": "The kind of error: urn:llama-stack:error: and its code."},
+            "title": {"type": "string", "description": "The kind of error, in words."},
+            "status": {"type": "integer", "description": "The HTTP status."},
+            "detail": {"type": "string", "description": "What was wrong, where, and what would be right."},
+            "instance": {"type": "string", "description": "This very request: urn:request: and the X-Request-Id."},
+            "errors": {
+                "type": "array",
+                "description": "Each fault of the request.",
+                "items": {"$ref": _COMPONENT + "ProblemFault"},
+            },
+            "error": {"$ref": _COMPONENT + "ProblemError"},
+        },
+    },
     "ProblemFault": {
         "title": "Problem fault",
         "description": "One fault in one part of a request.",
@@ -92,6 +80,7 @@ _PROBLEM_PARTS: dict[str, Json] = {
         },
     },
 }
+"""The schemas of an error, as RELIABILITY section 4 settles it; further members may come with single codes."""
 
 
 def draft_document(apis: Iterable[type[Api]] = DRAFT_APIS) -> Json:
@@ -129,9 +118,20 @@ def extension_document(apis: Iterable[type[Api]], faces: Iterable[Json] = ()) ->
     gained a parameter; the full schemas of all draft operations are among its components. ``faces`` are the OpenAPI
     documents of routes that no contract declares (faces, health, metrics): their paths and schemas are taken over.
     """
-    found = _operations(apis)
+    document = deepcopy(_beyond_the_draft(tuple(contract_of(api) for api in apis)))
+    named = document["components"]["schemas"]
+    for face in faces:
+        face = _beside(named, face)
+        document["paths"] |= face.get("paths", {})
+        named |= face.get("components", {}).get("schemas", {})
+    return document
+
+
+@cache  # the faces of a running stack come and go and its contracts do not; their schemas take tens of milliseconds
+def _beyond_the_draft(contracts: tuple[type[Api], ...]) -> Json:
+    found = _operations(contracts)
     schemas = _Schemas(found, _FullSchema, _in_full)
-    listed: Json = {}
+    paths: Json = {}
     for operation in found:
         gained = any(parameter.is_extension for parameter in operation.query.values())
         if _is_draft(operation) and not gained:
@@ -141,19 +141,14 @@ def extension_document(apis: Iterable[type[Api]], faces: Iterable[Json] = ()) ->
         described["x-extension"] = not _is_draft(operation)
         described["parameters"] = [_query(parameter, schemas, operation) for parameter in operation.query.values()]
         described["responses"] = _responses(_full_reply(operation, schemas))
-        listed.setdefault(operation.path, {})[operation.method.lower()] = described
-    named = dict(sorted(schemas.all().items())) | _PROBLEM_PARTS
-    for face in faces:
-        face = _beside(named, face)
-        listed |= face.get("paths", {})
-        named |= face.get("components", {}).get("schemas", {})
+        paths.setdefault(operation.path, {})[operation.method.lower()] = described
     return {
         "openapi": "3.1.0",
         "jsonSchemaDialect": DIALECT,
         "info": {"title": "Llama Stack extensions", "version": DRAFT_VERSION, "description": _EXTENSION_DESCRIPTION},
         "servers": [{"url": "/", "description": "The server that this document came from."}],
-        "paths": listed,
-        "components": {"responses": {}, "schemas": named},
+        "paths": paths,
+        "components": {"responses": {}, "schemas": dict(sorted(schemas.all().items())) | _PROBLEM_PARTS},
         "tags": [
             {"name": tag, "description": _tag_description(tag, found)}
             for tag in sorted({operation.api.tag for operation in found})

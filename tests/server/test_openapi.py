@@ -259,6 +259,16 @@ def test_a_faces_routes_are_published_beside_schemas_of_the_same_name() -> None:
     assert "/health/live" in document["paths"]
 
 
+def test_a_face_that_has_gone_is_in_no_later_document() -> None:
+    """What the contracts publish is worked out once, and each document is the caller's own."""
+    face = {"paths": {"/mail": {}}, "components": {"schemas": {"Mail": {"type": "object"}}}}
+    first, second = extension_document(APIS, [face]), extension_document(APIS)
+    assert first["paths"].keys() - second["paths"].keys() == {"/mail"}
+    assert first["components"]["schemas"].keys() - second["components"]["schemas"].keys() == {"Mail"}
+    first["components"]["schemas"]["Dialog"].clear()
+    assert extension_document(APIS) == second
+
+
 def test_a_provider_class_is_published_by_its_contract() -> None:
     """The server knows the running providers; what is published is what they implement."""
 
