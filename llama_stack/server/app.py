@@ -61,6 +61,7 @@ class StackApp(FastAPI):
         if scope["type"] != "http":
             await self._framework(scope, receive, send)
             return
+        scope["app"] = self
         exchange: Exchange = scope[KEY]
         exchange.watch_when_read()
         self._take_up_faces()

@@ -19,6 +19,7 @@ MAX_WAITING_LINES = 10_000
 
 access = logging.getLogger("llama_stack.access")
 errors = logging.getLogger("llama_stack.server")
+_ENCODE = json.JSONEncoder(default=str, separators=(",", ":")).encode
 _LOGGERS = ("llama_stack", "uvicorn", "asyncio", "py.warnings")
 
 
@@ -53,7 +54,7 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str, separators=(",", ":"))
+        return _ENCODE(line)
 
 
 class LineWriter(logging.Handler):

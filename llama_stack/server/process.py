@@ -64,7 +64,7 @@ class Listener:
         self._seconds = config.drain_seconds
         self._sockets = sockets
         settings = uvicorn.Config(
-            app,
+            app.traffic,  # what the app itself would call, after telemetry that nobody here reads
             http=self.connections.protocol,  # type: ignore[arg-type]  # called like a class
             ws="none",
             lifespan="off",
