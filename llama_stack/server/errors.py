@@ -10,17 +10,21 @@ import json
 from typing import Any
 
 from ..errors import (
+    DeadlineExceededError,
     FieldFault,
     ForbiddenError,
     MethodNotAllowedError,
     NotFoundError,
+    NotProvidedError,
     RequestError,
     RequestTimeoutError,
     SetupError,
     StackError,
     TooLargeError,
     UnauthenticatedError,
+    UnavailableError,
     UnsupportedMediaError,
+    UpstreamError,
 )
 
 Headers = list[tuple[bytes, bytes]]
@@ -36,6 +40,10 @@ _BY_STATUS: dict[int, type[StackError]] = {
     408: RequestTimeoutError,
     413: TooLargeError,
     415: UnsupportedMediaError,
+    501: NotProvidedError,
+    502: UpstreamError,
+    503: UnavailableError,
+    504: DeadlineExceededError,
 }
 
 
