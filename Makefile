@@ -1,4 +1,4 @@
-# Everything a newcomer types. `make run` and `make test` set up what they need in .venv and nothing outside it.
+# Everything a newcomer types. `make run` and `make test` set up what they need in .venv.
 #
 #   WITH_CUDA=1       accept a CUDA build of torch (several GB)
 #   TORCH_INDEX=URL   take torch from this package index, such as PyTorch's own index of CPU builds

@@ -23,6 +23,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from llama_stack.apis import APIS, Api, Operation, operations
+from tests.cli.called import process
 from tests.started import started
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -171,6 +172,21 @@ def test_what_the_documentation_says_to_run_runs(block: Block, address: str, tmp
         printed = run(["bash", "-euo", "pipefail", "-c", command.replace(ADDRESS, address)], tmp_path)
         flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
         assert doctest.OutputChecker().check_output(expected, printed, flags), f"{command}\nprinted:\n{printed}"
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", DOCS / "cli.md"], ids=lambda page: page.name)
+def test_the_first_lines_of_a_server_are_those_on_the_page(page: Path, tmp_path: Path) -> None:
+    """The first thing that a newcomer compares; only the port and the seconds are the machine's own."""
+    shown = re.search(r"^tiny answers at .*\n(?:  .*\n)+", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert shown is not None
+    with process("run", "tiny", "--port", "0", home=tmp_path) as server:
+        assert server.stdout is not None
+        printed = "".join(server.stdout.readline() for _ in shown[0].splitlines())
+    assert _without_figures(printed) == _without_figures(shown[0])
+
+
+def _without_figures(text: str) -> str:
+    return re.sub(r":\d+$|[\d.]+ s$", "#", text, flags=re.MULTILINE)
 
 
 def run(command: list[str], folder: Path) -> str:
