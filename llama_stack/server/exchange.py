@@ -146,13 +146,14 @@ class Exchange:
     def interruption(self) -> Exception:
         """The reason for the cancellation just caught, which is thereby dealt with.
 
-        Raises ``CancelledError`` again when the cancellation was not ours.
+        A cancellation that nobody asked of this task is a provider's bug: it awaited something that was cancelled.
+        Raises ``CancelledError`` again when the task itself is to end.
         """
-        if self._interruption is None:
-            raise asyncio.CancelledError
-        if self._task is not None:
+        if self._task is not None and self._task.cancelling():
+            if self._interruption is None:
+                raise asyncio.CancelledError
             self._task.uncancel()
-        return self._interruption
+        return self._interruption or RuntimeError("the provider's own work was cancelled")
 
     def watch(self) -> None:
         """From now on, end the request when its client leaves."""

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from ..errors import DrainingError, UnavailableError
+from ..errors import DrainingError, UnavailableError, listed
 from ..stack import Stack
 from .exchange import Exchange
 from .metrics import MEDIA_TYPE, Metrics
@@ -54,9 +54,7 @@ class Health:
         if self._traffic.is_draining:
             raise DrainingError("the server is shutting down", extra={"providers": providers})
         if not self._stack.is_ready:
-            waiting = [p["id"] for p in providers if p["state"] != "ready"]
-            detail = f"not ready yet: {', '.join(waiting)}" if waiting else "the store does not take writes"
-            raise UnavailableError(detail, extra={"providers": providers})
+            raise UnavailableError(self._missing(), extra={"providers": providers})
         await exchange.answer(200, JSON, _compact({"status": "ready", "providers": providers}))
 
     async def providers(self, exchange: Exchange) -> None:
@@ -86,6 +84,14 @@ class Health:
         """The OpenAPI document of everything beyond the draft."""
         document = extension_document(self._stack.apis, self._faces())  # made anew, for faces come and go
         await exchange.answer(200, JSON, json.dumps(document).encode())
+
+    def _missing(self) -> str:
+        store = self._stack.store
+        if store is not None and not store.healthy:
+            return "the store takes no writes"
+        states = [status for status in self._stack.status() if status.state != "ready"]
+        waiting = [status.id for status in states if not (status.is_optional and status.state == "failed")]
+        return f"not up: {listed(waiting)}" if waiting else "the stack is starting"
 
     def _providers(self) -> list[dict[str, Any]]:
         return [

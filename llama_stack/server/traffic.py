@@ -100,10 +100,10 @@ class Traffic:
             await self._app(exchange.scope, exchange.receive, exchange.send)
         except asyncio.CancelledError:
             await self._fail(exchange, exchange.interruption())
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a provider may end its own work, and not the server
             await self._fail(exchange, error)
 
-    async def _fail(self, exchange: Exchange, error: Exception) -> None:
+    async def _fail(self, exchange: Exchange, error: BaseException) -> None:
         """Answer a failure; after the status is spent, cut the connection off where the answer is not complete."""
         if isinstance(error, ClientGoneError):
             exchange.code = "client_gone"

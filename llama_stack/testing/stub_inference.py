@@ -50,14 +50,14 @@ class StubInference(Inference):
     """Answers every request with the same pieces, and counts; its attributes may be changed between requests.
 
     ``steps`` are the steps taken, ``finished`` the answers that came to their end and ``stopped`` those that were ended
-    before it. With ``permits`` each step takes one first, so that a test says when it happens; a ``failure`` is raised in
-    place of step number ``fail_at``.
+    before it. With ``permits`` each step takes one first, so that a test says when it happens. A ``failure`` is raised
+    in place of step number ``fail_at``.
     """
 
     def __init__(self, config: StubConfig | None = None) -> None:
         self.config = config or StubConfig()
         self.permits: asyncio.Semaphore | None = None
-        self.failure: Exception | None = None
+        self.failure: BaseException | None = None
         self.fail_at = 0
         self.steps = 0
         self.finished = 0

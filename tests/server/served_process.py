@@ -1,7 +1,8 @@
 """A stub served by ``serve`` in a process of its own, as a script: ``served_process.py SERVER-JSON STUB-JSON [MOOD]``.
 
-Prints the address when it is ready. A mood makes the provider do what it must not: ``hangs``, ``blocks`` a thread or
-``fails`` in its start, ``clings`` to its work when it is cancelled, ``lingers`` in its stop.
+Prints the address when it is ready, and after it the heavy modules that are loaded. A mood makes the provider do what it
+must not: ``hangs``, ``blocks`` a thread or ``fails`` in its start, ``clings`` to its work when it is cancelled,
+``lingers`` in its stop.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from llama_stack.registry import Registry
 from llama_stack.server import serve
 from llama_stack.stack import Stack
 from llama_stack.testing.stub_inference import StubConfig, StubInference
+
+HEAVY = ("numpy", "pandas", "torch", "sqlalchemy")
 
 
 class Clinging(StubInference):
@@ -70,7 +73,7 @@ def main() -> int:
     )
     stack = Stack(distribution, Registry(discover(extra=[Moody(mood[0] if mood else "")])))
     try:
-        return serve(stack, on_ready=lambda url: print(url, flush=True))
+        return serve(stack, on_ready=lambda url: print(url, *(set(HEAVY) & set(sys.modules)), flush=True))
     except StackError as error:
         print(f"error: {error.detail}", file=sys.stderr)
         return 1

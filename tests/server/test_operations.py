@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -324,6 +325,18 @@ async def test_strange_errors_are_500_without_their_text(
     assert "OSError" not in response.text
     assert "canary" in caplog.text
     assert response.headers["x-request-id"] in caplog.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("failure", [SystemExit(3), asyncio.CancelledError(), TimeoutError(), KeyError("canary")])
+async def test_no_exception_of_a_provider_gets_past_the_server(
+    served: Serving, failure: BaseException, stream: bool
+) -> None:
+    """Not even one that would end the process, or looks like a cancellation that nobody asked for."""
+    served.stub.failure = failure
+    assert problem_of(await served.client.post(CHAT_PATH, json={**CHAT, "stream": stream}))["status"] == 500
+    served.stub.failure = None
+    assert (await served.client.post(CHAT_PATH, json=CHAT)).status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -36,6 +38,8 @@ class Process:
     child: asyncio.subprocess.Process
     client: httpx2.AsyncClient
     drain_seconds: float
+    said: str
+    """Its first line: the address, and the heavy modules that it has loaded."""
 
     def signal(self, number: signal.Signals) -> None:
         self.child.send_signal(number)
@@ -68,10 +72,10 @@ async def process(
     )
     assert child.stdout is not None
     line = (await child.stdout.readline()).decode().strip()
-    base = line if line.startswith("http") else ""
+    base = line.split()[0] if line.startswith("http") else ""
     async with httpx2.AsyncClient(base_url=base, trust_env=False, timeout=30) as client:
         try:
-            yield Process(child, client, drain_seconds)
+            yield Process(child, client, drain_seconds, line)
         finally:
             if child.returncode is None:
                 child.kill()
@@ -203,6 +207,16 @@ async def test_provider_that_does_not_start_ends_the_server() -> None:
         assert await server.exit_code() == 1
         assert server.child.stderr is not None
         assert b"error: provider 'stub' of 'inference' did not start: the engine" in await server.child.stderr.read()
+
+
+async def test_server_with_a_stub_is_light() -> None:
+    """Ready after 1.2 s of work at most, in under 80 MB, without the libraries that only a provider needs."""
+    async with process() as server:
+        assert (await server.client.get("/health/ready")).status_code == 200
+        fields = Path(f"/proc/{server.child.pid}/stat").read_text().rpartition(")")[2].split()
+        assert (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") < 1.2
+        assert int(fields[21]) * os.sysconf("SC_PAGE_SIZE") < 80_000_000
+        assert " " not in server.said
 
 
 async def test_taken_port_is_refused_with_its_number() -> None:
