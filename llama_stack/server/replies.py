@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from enum import Enum
 from functools import lru_cache
+from time import perf_counter
 from typing import Any, Final
 
 from pydantic import TypeAdapter
@@ -36,6 +37,8 @@ class Form(Enum):
         self.closing = closing
 
 
+TURN_SECONDS = 0.01
+"""How long one stream may go on without giving way to others."""
 JSON: Final[Headers] = [(b"content-type", b"application/json")]
 VOID: Final[Headers] = []
 _END: Final = object()
@@ -117,8 +120,12 @@ async def _stream(
         await exchange.begin(200, form.headers)
         try:
             await exchange.write(start)
+            turn_ends = perf_counter() + TURN_SECONDS
             while (item := await anext(items, _END)) is not _END:
                 await exchange.write(form.next + dumped(adapter, item) + form.after)
+                if perf_counter() > turn_ends:
+                    await asyncio.sleep(0)  # an iterator that is always ready must not keep others from their turn
+                    turn_ends = perf_counter() + TURN_SECONDS
             if form.closing:
                 await exchange.write(form.closing)
         except (asyncio.CancelledError, Exception) as caught:

@@ -1,7 +1,7 @@
 """A stub served by ``serve`` in a process of its own, as a script: ``served_process.py SERVER-JSON STUB-JSON [MOOD]``.
 
-Prints the address when it is ready, and after it the heavy modules that are loaded. A mood makes the provider do what it
-must not: ``hangs``, ``blocks`` a thread or ``fails`` in its start, ``clings`` to its work when it is cancelled,
+Prints the address when it is ready, and after it the heavy modules that are loaded. A mood makes the provider do what
+it must not: ``hangs``, ``blocks`` a thread or ``fails`` in its start, ``clings`` to its work when it is cancelled,
 ``lingers`` in its stop.
 """
 

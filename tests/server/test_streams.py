@@ -205,6 +205,21 @@ async def test_stream_survives_a_reader_slower_than_its_buffers() -> None:
         assert numbers == [f"{number:05d}" for number in range(400)]
 
 
+async def test_endless_stream_gives_way_to_others() -> None:
+    """An iterator that always has its next item at hand never waits, and the loop would serve nobody else."""
+    async with serving(repeat=1_000_000) as served:
+        client = await served.connect()
+        await client.post(CHAT_PATH, STREAM)
+        reading = asyncio.create_task(client.rest())
+        await served.stub.until(steps=1)
+        for _ in range(5):
+            assert (await served.client.get("/health/live")).status_code == 200
+        assert served.stub.finished == 0
+        client.abort()
+        await served.stub.until(stopped=1)
+        await reading
+
+
 async def test_many_streams_at_once_stay_apart(served: Serving) -> None:
     """Each client gets its own chunks in their order."""
 
