@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import CancelledError
 from contextlib import suppress
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
@@ -27,7 +28,7 @@ class EventLoopThread:
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Wait for the coroutine and return its result. Whatever interrupts the wait (Ctrl-C) cancels the coroutine.
 
-        Raises ``RuntimeError`` when the thread is closed.
+        Raises ``RuntimeError`` when the thread is closed, also while the coroutine runs.
         """
         if self.is_closed:
             coroutine.close()
@@ -35,6 +36,8 @@ class EventLoopThread:
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result()
+        except CancelledError as error:  # which is the end of nothing but ``close``
+            raise RuntimeError("the client was closed meanwhile") from error
         except BaseException:
             future.cancel()
             raise

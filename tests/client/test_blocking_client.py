@@ -28,7 +28,7 @@ from llama_stack.errors import ModelNotFoundError, ProviderStartError, UpstreamE
 from llama_stack.plugins import ApiSpec, ProviderSpec, discover, hookimpl
 from llama_stack.registry import Registry
 from llama_stack.stack import Stack
-from tests.client.scripted_server import Answer, ScriptedServer, event, pieces, problem, then_silence
+from tests.client.scripted_server import Answer, Received, ScriptedServer, event, pieces, problem, then_silence
 from tests.client.scripted_server import whole as sent_whole
 
 CHUNK = {"text_delta": "a"}
@@ -156,6 +156,38 @@ def test_a_closed_client_says_so() -> None:
         assert list(stream) == []
         with pytest.raises(RuntimeError, match="the client is closed"):
             client.inference.chat_completion(chat())
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_client_closed_by_another_thread_ends_the_calls_of_this_one(stream: bool) -> None:
+    """With an error that says so: neither a wait for ever nor a stream that looks complete."""
+    arrived = threading.Event()
+    silence = then_silence(event(CHUNK)) if stream else then_silence(b"{", media_type="application/json")
+
+    async def answer(request: Received, writer: asyncio.StreamWriter) -> None:
+        arrived.set()
+        await silence(request, writer)
+
+    with served(answer) as (client, _, hung_up):
+        raised: list[BaseException] = []
+
+        def ask() -> None:
+            try:
+                reply = client.inference.chat_completion(chat(stream=stream))
+                if stream:
+                    list(chunks(reply))
+            except Exception as error:
+                raised.append(error)
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        assert arrived.wait(10)
+        client.close()
+        asking.join(10)
+        assert not asking.is_alive()
+        hung_up()
+    [error] = raised
+    assert isinstance(error, RuntimeError | UpstreamError)  # which of the two, the moment decides
 
 
 # forms of contracts
