@@ -213,7 +213,7 @@ class Connection:
 
     def _because(self, error: httpx2.HTTPError | httpx2.InvalidURL) -> str:
         """The cause, unless it goes to people who are not to know which host is meant."""
-        return f": {error or type(error).__name__}" if self._name == self._base_url else ""
+        return f": {str(error) or type(error).__name__}" if self._name == self._base_url else ""
 
 
 def _encode(operation: Operation, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str], bytes | None]:

@@ -19,21 +19,23 @@ class EventLoopThread:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="llama-stack client", daemon=True)
         self._thread.start()
-        self._closing = threading.Lock()
+        self._closing = threading.Lock()  # what began before ``close`` is cancelled, and nothing begins after it
+        self._is_closed = False
 
     @property
     def is_closed(self) -> bool:
-        return self._loop.is_closed()
+        return self._is_closed
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Wait for the coroutine and return its result. Whatever interrupts the wait (Ctrl-C) cancels the coroutine.
 
         Raises ``RuntimeError`` when the thread is closed, also while the coroutine runs.
         """
-        if self.is_closed:
-            coroutine.close()
-            raise RuntimeError("the client is closed")
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        with self._closing:
+            if self._is_closed:
+                coroutine.close()
+                raise RuntimeError("the client is closed")
+            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result()
         except CancelledError as error:  # which is the end of nothing but ``close``
@@ -50,14 +52,13 @@ class EventLoopThread:
     def close(self) -> None:
         """Cancel what still runs, then end the thread; a second call does nothing."""
         with self._closing:
-            if self._loop.is_closed():
+            if self._is_closed:
                 return
-            self.run(_cancel_all())
-            self.run(self._loop.shutdown_asyncgens())
-            self.run(self._loop.shutdown_default_executor())
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-            self._loop.close()
+            self._is_closed = True
+        asyncio.run_coroutine_threadsafe(_end_all(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
 
 @runtime_checkable
@@ -80,7 +81,7 @@ class Pump(Generic[T]):
         self._thread = thread
         self._items = items
         self._wanted: asyncio.Queue[asyncio.Future[T]] = asyncio.Queue()
-        self._task = thread.run(_started(_step(items, self._wanted)))
+        self._task = thread.run(_started(items, self._wanted))
         self._is_over = False
 
     def next(self) -> T:
@@ -111,9 +112,8 @@ class Pump(Generic[T]):
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if answer.done():
             return answer.result()
-        if self._task.cancelled():
-            raise StopAsyncIteration
-        self._task.result()
+        if not self._is_over:  # else the caller has closed the stream, and it may end
+            self._task.result()
         raise StopAsyncIteration
 
 
@@ -131,8 +131,8 @@ async def _step(items: AsyncIterator[T], wanted: asyncio.Queue[asyncio.Future[T]
         await close(items)
 
 
-async def _started(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-    return asyncio.create_task(coroutine)
+async def _started(items: AsyncIterator[T], wanted: asyncio.Queue[asyncio.Future[T]]) -> asyncio.Task[None]:
+    return asyncio.create_task(_step(items, wanted))
 
 
 async def _ended(task: asyncio.Task[None], items: AsyncIterator[T]) -> None:
@@ -141,8 +141,11 @@ async def _ended(task: asyncio.Task[None], items: AsyncIterator[T]) -> None:
     await close(items)  # a task that never ran has closed nothing
 
 
-async def _cancel_all() -> None:
+async def _end_all() -> None:
     tasks = asyncio.all_tasks() - {asyncio.current_task()}
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+    loop = asyncio.get_running_loop()
+    await loop.shutdown_asyncgens()
+    await loop.shutdown_default_executor()

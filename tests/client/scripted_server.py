@@ -72,7 +72,7 @@ class ScriptedServer:
 
     async def _watch(self, reader: asyncio.StreamReader) -> None:
         # the next request cannot come before this one is answered, so that only the end can
-        while not reader.at_eof():
+        while not reader.at_eof() and reader.exception() is None:
             await asyncio.sleep(0.005)
         self.hung_up.set()
 
