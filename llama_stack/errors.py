@@ -201,7 +201,7 @@ class ModelNotFoundError(NotFoundError):
     def __init__(self, model: str, served: Iterable[str]) -> None:
         served = list(served)
         super().__init__(
-            f"model {model!r} is not served here{nearest(model, served)}; served: {listed(served)}", param="model"
+            f"model {model!r} is not served here; served: {listed(served)}{nearest(model, served)}", param="model"
         )
 
 

@@ -45,8 +45,8 @@ class ModelConfig(Config):
         name = value.removeprefix(BUILTIN)
         if value.startswith(BUILTIN) and name not in BUILTIN_CHECKPOINTS:
             raise ValueError(
-                f"no checkpoint {name!r} ships with this package{nearest(name, BUILTIN_CHECKPOINTS)}; "
-                f"shipped: {listed(BUILTIN_CHECKPOINTS)}"
+                f"no checkpoint {name!r} ships with this package; "
+                f"shipped: {listed(BUILTIN_CHECKPOINTS)}{nearest(name, BUILTIN_CHECKPOINTS)}"
             )
         return value
 
