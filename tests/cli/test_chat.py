@@ -78,7 +78,7 @@ def test_a_failure_in_the_middle_keeps_what_came_and_ends_with_1(run: Run, serve
 def test_an_unknown_model_is_refused_with_those_there_are(run: Run, server: Served) -> None:
     """The server's own words."""
     ran = run("chat", "-m", "hi", "--url", server.url, "--model", "stubb")
-    assert ran == Ran(1, "", "error: model 'stubb' is not served here; did you mean 'stub'?; served: stub\n")
+    assert ran == Ran(1, "", "error: model 'stubb' is not served here; served: stub; did you mean 'stub'?\n")
 
 
 def test_the_choice_among_several_models_is_the_users(run: Run, server: Served) -> None:
