@@ -117,9 +117,9 @@ class StackError(Exception):
         """
         status = details.pop("status", 500)
         found = _by_code().get(code)
-        if found is None:
-            found = type("UnknownStackError", (StackError,), {"status": status, "code": code, "title": code})
-        error = found.__new__(found)
+        unknown = {"status": status, "code": code, "title": code, "__module__": "unknown"}  # not one of ours, next time
+        kind: type[StackError] = found or type("UnknownStackError", (StackError,), unknown)
+        error = kind.__new__(kind)
         StackError.__init__(error, detail, **details)
         return error
 

@@ -25,6 +25,7 @@ from .apis.models import Models
 from .distribution import Distribution
 from .errors import (
     ContractMismatchError,
+    NotProvidedError,
     ProviderStartError,
     ProviderUnavailableError,
     StackError,
@@ -183,10 +184,10 @@ class Stack:
         return tuple(self._routed)
 
     def api(self, contract: type[A]) -> A:
-        """The API as all its providers serve it together. Raises ``UnavailableError`` where the YAML names none."""
+        """The API as all its providers serve it together. Raises ``NotProvidedError`` where the YAML names none."""
         routed = self._routed.get(contract)
         if routed is None:
-            raise UnavailableError(f"distribution {self.distribution.name!r} serves no {contract.name!r}")
+            raise NotProvidedError(f"distribution {self.distribution.name!r} serves no {contract.name!r}")
         return cast(A, routed)
 
     @property

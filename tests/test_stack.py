@@ -13,7 +13,13 @@ import pytest
 
 from llama_stack.apis import Api, Config, Models, post
 from llama_stack.distribution import Distribution
-from llama_stack.errors import ContractMismatchError, ProviderStartError, ProviderUnavailableError, UnavailableError
+from llama_stack.errors import (
+    ContractMismatchError,
+    NotProvidedError,
+    ProviderStartError,
+    ProviderUnavailableError,
+    UnavailableError,
+)
 from llama_stack.plugins import ApiSpec, FaceSpec, ProviderSpec, discover, hookimpl
 from llama_stack.registry import Registry
 from llama_stack.stack import Stack, State, running
@@ -430,5 +436,5 @@ async def test_an_api_that_the_distribution_does_not_name_is_unavailable(world: 
     """The catalogue of models is always there; everything else is what the YAML says."""
     stack = world.stack(tmp_path, letters="alphabet")
     assert stack.apis == (Letters, Models)
-    with pytest.raises(UnavailableError, match="serves no 'words'"):
+    with pytest.raises(NotProvidedError, match="serves no 'words'"):
         stack.api(Words)

@@ -8,17 +8,15 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from ..apis import APIS
 from ..errors import DrainingError, UnavailableError, listed
 from ..stack import Stack
 from .exchange import Exchange
 from .metrics import MEDIA_TYPE, Metrics
-from .openapi import draft_document, extension_document
+from .openapi import DRAFT_VERSION, draft_document, extension_document
 from .replies import JSON, Form, lines_form
 from .routes import Routes
 from .traffic import Traffic
-
-DRAFT_VERSION = "0.0.1"
-"""The version of the draft specification that this server implements."""
 
 
 class Health:
@@ -75,14 +73,15 @@ class Health:
         await exchange.answer(200, [(b"content-type", MEDIA_TYPE)], self._metrics.text())
 
     async def draft(self, exchange: Exchange) -> None:
-        """The OpenAPI document of the draft's operations."""
+        """The OpenAPI document of the draft's operations, also of those that this distribution does not serve."""
         if self._draft is None:
-            self._draft = json.dumps(draft_document(self._stack.apis)).encode()
+            self._draft = json.dumps(draft_document()).encode()
         await exchange.answer(200, JSON, self._draft)
 
     async def extensions(self, exchange: Exchange) -> None:
         """The OpenAPI document of everything beyond the draft."""
-        document = extension_document(self._stack.apis, self._faces())  # made anew, for faces come and go
+        apis = dict.fromkeys((*APIS, *self._stack.apis))
+        document = extension_document(apis, self._faces())  # made anew, for faces come and go
         await exchange.answer(200, JSON, json.dumps(document).encode())
 
     def _missing(self) -> str:

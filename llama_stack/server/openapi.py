@@ -83,9 +83,9 @@ _PROBLEM_PARTS: dict[str, Json] = {
 """The schemas of an error, as RELIABILITY section 4 settles it; further members may come with single codes."""
 
 
-def draft_document(apis: Iterable[type[Api]] = DRAFT_APIS) -> Json:
-    """The OpenAPI 3.1 document of those draft operations that these APIs have, worded as the draft words them."""
-    found = [operation for operation in _operations(apis) if _is_draft(operation)]
+def draft_document() -> Json:
+    """The OpenAPI 3.1 document of the draft's operations, worded as the draft words them."""
+    found = [operation for operation in _operations(DRAFT_APIS) if _is_draft(operation)]
     schemas = _Schemas(found, _DraftSchema, _in_draft_words)
     paths: Json = {}
     for operation in found:
