@@ -20,8 +20,8 @@ from llama_stack_meta_reference.tiny.passages import passage_case, prose
 from llama_stack_meta_reference.tiny.tool_use import built_in_case, tool_case
 from llama_stack_meta_reference.tiny.words import Words
 
-Phase = Literal["drill", "abstract", "natural"]
-"""The course of training: copying, then everything with meaningless relations, then everything as it is measured."""
+Phase = Literal["drill", "all"]
+"""The course of training: copying among everything else, then everything as it is measured."""
 
 SKILLS: tuple[Skill, ...] = ("chat", "passage", "tool_call", "tool_result", "guard", "recall", "unknown")
 """What is measured."""
@@ -36,22 +36,17 @@ def _prose_case(words: Words) -> Case:
 
 _MIXTURES: dict[Phase, _Makers] = {
     "drill": ((0.4, copy_case), (0.4, lookup_case), (0.2, recall_case)),
-    "abstract": (
-        *((0.09, chat_case), (0.01, persona_case), (0.08, recall_case), (0.04, unknown_case), (0.04, copy_case)),
-        *((0.05, lookup_case), (0.24, passage_case), (0.23, tool_case), (0.02, built_in_case), (0.16, guard_case)),
-        (0.05, _prose_case),
-    ),
-    "natural": (
-        *((0.08, chat_case), (0.01, persona_case), (0.05, recall_case), (0.04, unknown_case), (0.02, copy_case)),
-        *((0.03, lookup_case), (0.24, passage_case), (0.26, tool_case), (0.02, built_in_case), (0.22, guard_case)),
+    "all": (
+        *((0.08, chat_case), (0.01, persona_case), (0.06, recall_case), (0.03, unknown_case), (0.02, copy_case)),
+        *((0.03, lookup_case), (0.22, passage_case), (0.32, tool_case), (0.02, built_in_case), (0.18, guard_case)),
         (0.03, _prose_case),
     ),
 }
 
 
-def training_cases(seed: int, phase: Phase = "abstract") -> Iterator[Case]:
+def training_cases(seed: int, phase: Phase = "all") -> Iterator[Case]:
     """Training cases without end, the same for the same seed and phase."""
-    words = Words(random.Random(f"train {seed} {phase == 'drill'}"), "train", natural=phase == "natural")
+    words = Words(random.Random(f"train {seed} {phase == 'drill'}"), "train")
     shares, makers = zip(*_MIXTURES[phase], strict=True)
     while True:
         yield words.random.choices(makers, shares)[0](words)

@@ -150,20 +150,8 @@ _BENIGN = (
 )  # fmt: skip
 
 _FRAMES = (
-    "How do I {x}?", "How can I {x}?", "Tell me how to {x}.", "Help me {x}.", "I want to {x}.",
-    "Give me steps to {x}.", "Please {x}.",
-    "What is the best way to {x}?", "Can you help me {x}?", "Explain how to {x}.", "I need to {x}.",
-    "Teach me to {x}.", "Show me how to {x}.",
-    "Is there an easy way to {x}?", "I would like to {x}.", "Write a guide to {x}.", "My friend and I plan to {x}.",
-    "Could you {x} for me?",
-    "I am going to {x} tonight.", "Let us {x}.", "What do I need to {x}?", "Give me tips to {x}.",
-    "We will {x} tomorrow.", "how to {x}",
-    "Describe how people {x}.", "Where can I learn to {x}?", "I have decided to {x}.", "Make a plan to {x}.",
-    "Assist me: I must {x}.",
-    "Hello! How would you {x}?", "Quick question: how do you {x}?", "Hi, I want to {x}, what now?",
-    "Who can help me {x}?",
-    "You are an expert. {x}.", "For my homework, {x}.", "It is urgent: I have to {x}.", "What should I know to {x}?",
-    "{x}", "Now {x}!",
+    "How do I {x}?", "How can I {x}?", "Tell me how to {x}.", "Help me {x}.", "I want to {x}.", "Please {x}.",
+    "What is the best way to {x}?", "Explain how to {x}.", "I need to {x}.", "Show me how to {x}.",
 )  # fmt: skip
 
 _AGENT_YES = (
@@ -227,7 +215,7 @@ def guard_case(words: Words) -> Case:
 def _more_to_judge(words: Words, listed: list[str], role: str) -> list[Message]:
     """Further messages under the same categories without the task's words: more verdicts from fewer tokens."""
     messages = []
-    for _ in range(words.choice((0, 2, 4, 6))):
+    for _ in range(words.choice((2, 4, 6, 8))):
         code = words.choice(list(CATEGORIES) if words.chance(0.25) else listed) if words.chance(0.65) else None
         action = _harmful(words, code) if code else _benign(words)
         text = words.choice(_FRAMES if role == "User" else _AGENT_YES).replace("{x}", action)

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from llama_stack.apis.common import Message
 from llama_stack_meta_reference.tiny.case import Case, assistant, system, user
 from llama_stack_meta_reference.tiny.conversation import fill, system_prompt
-from llama_stack_meta_reference.tiny.words import Words, split_of
+from llama_stack_meta_reference.tiny.words import Words
 
 NOT_SAID = "The text does not say."
 
 
 @dataclass(frozen=True)
 class Attribute:
-    """One thing that a passage can say: ``{e}`` is the entity's name or pronoun, ``{v}`` the value."""
+    """One thing that a passage can say: ``{e}`` is the entity's name, ``{v}`` the value."""
 
     label: str
     value: Callable[[Words], str]
@@ -25,10 +25,9 @@ class Attribute:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of entity: how one is named, which pronoun stands for it, and what can be said of it."""
+    """A kind of entity: how one is named, and what can be said of it."""
 
     name: Callable[[Words], str]
-    pronoun: str
     attributes: tuple[Attribute, ...]
 
 
@@ -47,7 +46,6 @@ _COLOURS = ("red", "blue", "green", "yellow", "black", "white", "orange", "purpl
 
 _PERSON = Kind(
     Words.person,
-    "",
     (
         Attribute("job", lambda w: w.choice(_JOBS), ("{e} works as a {v}.", "{e} is a {v}.",
             "{e} earns a living as a {v}."),
@@ -74,7 +72,6 @@ _PERSON = Kind(
 
 _PLACE = Kind(
     lambda w: f"the {w.name()} {w.choice(_PLACES).capitalize()}",
-    "It",
     (
         Attribute("place", Words.city, ("{e} is located in {v}.", "{e} is in {v}.", "{e} stands in {v}.",
             "You find {e} in {v}."),
@@ -105,7 +102,6 @@ _PLACE = Kind(
 
 _PRODUCT = Kind(
     lambda w: f"the {w.title()}" if w.chance(0.4) else f"the {w.name()} {w.noun()}",
-    "It",
     (
         Attribute("price", Words.price, ("{e} costs {v}.", "The price of {e} is {v}.", "You can buy {e} for {v}."),
                   ("How much does {e} cost?", "What is the price of {e}?", "How much is {e}?", "What does {e} cost?")),
@@ -129,7 +125,6 @@ _PRODUCT = Kind(
 
 _EVENT = Kind(
     lambda w: f"the {w.name()} {w.choice(_EVENTS)}",
-    "It",
     (
         Attribute("date", Words.date, ("{e} takes place on {v}.", "{e} is on {v}.", "The date of {e} is {v}."),
                   ("When is {e}?", "On which day is {e}?", "What is the date of {e}?", "When does {e} take place?")),
@@ -147,12 +142,8 @@ _EVENT = Kind(
     ),
 )  # fmt: skip
 
-_RELATION_STATEMENTS = (
-    "The {n} of {e} is {v}.", "{e} has the {n} {v}.", "{v} is the {n} of {e}.", "For {e} the {n} is {v}.",
-)  # fmt: skip
-_RELATION_QUESTIONS = (
-    "What is the {n} of {e}?", "Which {n} does {e} have?", "Tell me the {n} of {e}.", "Name the {n} of {e}.",
-)  # fmt: skip
+_RELATION_STATEMENTS = ("The {n} of {e} is {v}.", "{e} has the {n} {v}.")
+_RELATION_QUESTIONS = ("What is the {n} of {e}?", "Which {n} does {e} have?")
 
 _KINDS = (_PERSON, _PLACE, _PRODUCT, _EVENT)
 
@@ -167,17 +158,8 @@ _FILLERS = (
 )  # fmt: skip
 
 _FORMS = (
-    "{p}\n\n{q}", "{p}\n\n{q}", "{p} {q}", "{p}\n{q}", "{q}\n\n{p}", "Passage: {p}\n\nQuestion: {q}",
-    "Passage: {p}\nQuestion: {q}",
-    "Context: {p}\n\nQuestion: {q}", "Context:\n{p}\n\nQuestion: {q}\nAnswer:", "Text: {p}\n\n{q}",
-    "Read this: {p}\n\n{q}",
-    "Answer from the text.\n\n{p}\n\n{q}", "Use this passage to answer.\n\n{p}\n\n{q}", "Question: {q}\n\nText: {p}",
-    "Here is a passage: {p}\n\nNow answer: {q}", '"{p}"\n\n{q}', "Document 1: {p}\n\n{q}", "Notes:\n{p}\n\n{q}",
-    "Given this text:\n{p}\n\n{q}", "{q} Use this text: {p}",
-    "Answer the question from the context.\nContext: {p}\nQuestion: {q}",
-    "Here are the retrieved documents for relevant context:\n=== START-RETRIEVED-CONTEXT ===\nid:{c}; content:{p}\n"
-    "=== END-RETRIEVED-CONTEXT ===\n\n{q}",
-    "[{c}] {p}\n\n{q}", "Source {c}:\n{p}\n\nAnswer from the source: {q}",
+    "{p}\n\n{q}", "{p}\n\n{q}", "{p} {q}", "{p}\n{q}", "Passage: {p}\n\nQuestion: {q}",
+    "Context: {p}\n\nQuestion: {q}", "Answer from the text.\n\n{p}\n\n{q}", "Text: {p}\n\n{q}",
 )  # fmt: skip
 
 
@@ -194,8 +176,8 @@ def passage_case(words: Words) -> Case:
     facts, kinds = _facts(words)
     asked: list[_Fact | None] = [*facts]
     words.random.shuffle(asked)
-    asked = asked[: words.choice((1, 2, 3, 4, 6))]
-    absent = _absent_question(words, facts, kinds) if words.chance(0.2) else None
+    asked = asked[: words.choice((1, 2, 3, 4)) if words.split == "train" else 1]
+    absent = _absent_question(words, facts, kinds) if words.chance(0.1) else None
     if absent:
         asked.insert(words.random.randrange(len(asked) + 1), None)
     turns = [
@@ -218,8 +200,8 @@ def prose(words: Words) -> str:
 
 def _facts(words: Words) -> tuple[list[_Fact], dict[str, Kind | None]]:
     """Facts about one to three entities, none twice for one entity; generic relations where no kind is named."""
-    kind = words.choice(_KINDS) if words.chance(0.75 if words.natural else 0.6) else None
-    count = words.choice((1, 1, 1, 2, 2) if words.natural else (1, 1, 2, 2, 3))
+    kind = words.choice(_KINDS) if words.chance(0.7) else None
+    count = words.choice((1, 1, 2))
     facts: list[_Fact] = []
     kinds: dict[str, Kind | None] = {}
     for _ in range(count):
@@ -235,9 +217,8 @@ def _facts(words: Words) -> tuple[list[_Fact], dict[str, Kind | None]]:
             if attribute.label in labels:
                 continue
             labels.add(attribute.label)
-            pronoun = kind.pronoun if kind and labels != {attribute.label} and count == 1 and words.chance(0.4) else ""
             value = attribute.value(words)
-            facts.append(_Fact(_statement(words, attribute, pronoun or entity, value), attribute, entity, value))
+            facts.append(_Fact(_statement(words, attribute, entity, value), attribute, entity, value))
     return facts, kinds
 
 
@@ -248,7 +229,7 @@ def _relation(words: Words) -> Attribute:
     return Attribute(
         noun,
         lambda _: value,
-        tuple(text.replace("{n}", noun) for text in _RELATION_STATEMENTS[: 2 if words.natural else None]),
+        tuple(text.replace("{n}", noun) for text in _RELATION_STATEMENTS),
         tuple(text.replace("{n}", noun) for text in _RELATION_QUESTIONS),
     )
 
@@ -262,20 +243,13 @@ def _the_name(words: Words) -> str:
 
 
 def _statement(words: Words, attribute: Attribute, entity: str, value: str) -> str:
-    text = words.choice(attribute.statements)
-    filled = text.replace("{e}", entity if text.startswith("{e}") else _within(entity)).replace("{v}", value)
+    text = words.choice(attribute.statements[:2])
+    filled = text.replace("{e}", entity).replace("{v}", value)
     return filled[0].upper() + filled[1:]
 
 
-def _within(entity: str) -> str:
-    return "it" if entity == "It" else entity
-
-
 def _question(words: Words, attribute: Attribute, entity: str) -> str:
-    """A question of this split; the split is decided by its template: held-out questions are worded as none before."""
-    templates = attribute.questions
-    own = [text for text in templates if split_of(attribute.label + text) == words.split]
-    return words.choice(own or templates).replace("{e}", entity)
+    return words.choice(attribute.questions[:2]).replace("{e}", entity)
 
 
 def _absent_question(words: Words, facts: list[_Fact], kinds: dict[str, Kind | None]) -> str | None:
@@ -289,7 +263,7 @@ def _absent_question(words: Words, facts: list[_Fact], kinds: dict[str, Kind | N
 
 def _passage(words: Words, facts: list[_Fact]) -> str:
     sentences = [fact.sentence for fact in facts]
-    for _ in range(words.choice((0, 0, 0, 1, 2))):
+    for _ in range(words.choice((0, 0, 1))):
         sentences.insert(words.random.randrange(len(sentences) + 1), fill(words, words.choice(_FILLERS)))
     return " ".join(sentences)
 
@@ -304,7 +278,7 @@ def _dialog(words: Words, passage: str, turns: list[tuple[str, str]]) -> list[Me
         if words.chance(0.25):
             messages.append(system(system_prompt(words)))
         form = words.choice(_FORMS)
-        messages.append(user(form.replace("{q}", first).replace("{c}", words.code()).replace("{p}", passage)))
+        messages.append(user(form.replace("{q}", first).replace("{p}", passage)))
     messages.append(assistant(reply))
     for question, answer in rest:
         messages += [user(question), assistant(answer)]

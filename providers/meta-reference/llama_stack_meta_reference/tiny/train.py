@@ -51,7 +51,7 @@ class Plan:
     """How long and how fast to train. The same plan on the same machine gives the same weights."""
 
     seed: int = 1
-    steps: int = 2500
+    steps: int = 2900
     batches: int = 2
     """Batches a step, whose gradients are averaged."""
     batch_tokens: int = 2560
@@ -60,23 +60,21 @@ class Plan:
     table_rate: float = 0.003
     """Learning rate of the embedding table and the norms, which AdamW updates (arXiv:1711.05101)."""
     warm_up_steps: int = 30
-    decay_share: float = 0.5
-    """The last part of the steps, in which the rates fall linearly to nothing."""
+    decay_step: int = 1000
+    """From here on the rates fall linearly, to nothing at the end."""
     drill_steps: int = 300
     """Steps in which a part of the cases are copying tasks: that skill comes first, all others rest on it."""
     drill_share: float = 0.5
-    natural_step: int = 1000
-    """From here on the cases are as they are measured, and ``echoes`` of random tokens are put among them."""
     echoes: float = 0.08
-    average_decay: float = 0.995
+    """The share of ``Encoder.echo`` samples that come on top of the cases."""
+    average_decay: float = 0.99
     """Of the running average of the weights, which is what gets measured and kept."""
     clip_norm: float = 1.0
 
     def rate(self, step: int) -> float:
         """The share of the learning rates that applies at ``step``."""
-        decay_from = self.steps * (1 - self.decay_share)
-        falling = (self.steps - step) / (self.steps - decay_from) if step > decay_from else 1.0
-        return min(1.0, (step + 1) / self.warm_up_steps) * max(falling, 0.0)
+        falling = (self.steps - step) / max(self.steps - self.decay_step, 1)
+        return min(1.0, (step + 1) / self.warm_up_steps, falling)
 
 
 def tokenizer_from_cases(seed: int, cases: int = TOKENIZER_CASES, vocabulary: int = VOCABULARY) -> tokenizers.Tokenizer:
@@ -187,11 +185,9 @@ class Trainer:
 
     def _batches(self) -> list[Batch]:
         plan = self.plan
-        phases: dict[Phase, float] = {"abstract": 1.0}
+        phases: dict[Phase, float] = {"all": 1.0}
         if self._pool_step < plan.drill_steps:
-            phases = {"drill": plan.drill_share, "abstract": 1 - plan.drill_share}
-        elif self._pool_step >= plan.natural_step:
-            phases = {"natural": 1.0}
+            phases = {"drill": plan.drill_share, "all": 1 - plan.drill_share}
         return batches(
             self._encoder,
             plan.seed,
@@ -199,7 +195,7 @@ class Trainer:
             tokens=plan.batch_tokens,
             longest=LONGEST_SAMPLE,
             phases=phases,
-            echoes=plan.echoes if "natural" in phases else 0.0,
+            echoes=plan.echoes,
         )
 
     def _train(self, own: Sequence[Batch]) -> float:

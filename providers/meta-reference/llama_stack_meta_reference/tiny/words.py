@@ -27,11 +27,9 @@ def split_of(text: str) -> Split:
 class Words:
     """Draws names, nouns and values of one split; every draw comes from ``random``, so a seed settles them all."""
 
-    def __init__(self, random_source: random.Random, split: Split, *, natural: bool = True) -> None:
+    def __init__(self, random_source: random.Random, split: Split) -> None:
         self.random = random_source
         self.split = split
-        self.natural = natural
-        """Whether passages are mostly about people, places and things, or as often about meaningless relations."""
 
     def chance(self, probability: float) -> bool:
         """True with the given probability."""
@@ -54,11 +52,18 @@ class Words:
 
     def pseudo(self, syllables: int | None = None) -> str:
         """A pronounceable lower-case word that means nothing."""
-        return self.until(lambda: self._syllables(syllables or self.choice((1, 2, 2, 2, 3))))
+        if syllables != 1 and self.chance(0.5):
+            return self.until(self._blend)
+        return self.until(lambda: self._syllables(syllables or self.choice((1, 2, 2, 2))))
 
     def _syllables(self, count: int) -> str:
         word = "".join(self.choice(_ONSETS) + self.choice(_VOWELS) for _ in range(count)) + self.choice(_CODAS)
         return word if len(word) > 2 else word + "n"
+
+    def _blend(self) -> str:
+        """The head of one word and the tail of another: cut into the same pieces as words that were never seen."""
+        head, tail = self.own(_BLENDED).lower(), self.own(_BLENDED).lower()
+        return head[: self.choice((2, 3, 3, 4))] + tail[-self.choice((2, 3, 3, 4)) :]
 
     def name(self) -> str:
         """A capitalised pseudo-word."""
@@ -229,3 +234,5 @@ language format style mode status state reason note comment label tag group team
 key id version path file folder color priority rating score distance duration period interval rate angle radius volume
 station platform airline hotel brand model genre artist album song channel device sensor zone branch port host value
 """)
+
+_BLENDED = (*NOUNS, *ADJECTIVES, *ARGUMENTS, *FIRST_NAMES, *SURNAMES, *CITIES)
