@@ -20,8 +20,8 @@ from llama_stack_meta_reference.tiny.passages import passage_case, prose
 from llama_stack_meta_reference.tiny.tool_use import built_in_case, tool_case
 from llama_stack_meta_reference.tiny.words import Words
 
-Phase = Literal["drill", "all"]
-"""The course of training: copying among everything else, then everything as it is measured."""
+Phase = Literal["drill", "wide", "plain"]
+"""The course of training: copying, cases that are harder than those that are measured, and cases like those."""
 
 SKILLS: tuple[Skill, ...] = ("chat", "passage", "tool_call", "tool_result", "guard", "recall", "unknown")
 """What is measured."""
@@ -36,17 +36,21 @@ def _prose_case(words: Words) -> Case:
 
 _MIXTURES: dict[Phase, _Makers] = {
     "drill": ((0.4, copy_case), (0.4, lookup_case), (0.2, recall_case)),
-    "all": (
+    "wide": (
         *((0.08, chat_case), (0.01, persona_case), (0.06, recall_case), (0.03, unknown_case), (0.02, copy_case)),
         *((0.03, lookup_case), (0.22, passage_case), (0.32, tool_case), (0.02, built_in_case), (0.18, guard_case)),
         (0.03, _prose_case),
     ),
+    "plain": (
+        *((0.09, chat_case), (0.01, persona_case), (0.03, recall_case), (0.03, unknown_case), (0.02, built_in_case)),
+        *((0.32, passage_case), (0.30, tool_case), (0.18, guard_case), (0.02, _prose_case)),
+    ),
 }
 
 
-def training_cases(seed: int, phase: Phase = "all") -> Iterator[Case]:
+def training_cases(seed: int, phase: Phase = "wide") -> Iterator[Case]:
     """Training cases without end, the same for the same seed and phase."""
-    words = Words(random.Random(f"train {seed} {phase == 'drill'}"), "train")
+    words = Words(random.Random(f"train {seed} {phase == 'drill'}"), "train", is_wide=phase == "wide")
     shares, makers = zip(*_MIXTURES[phase], strict=True)
     while True:
         yield words.random.choices(makers, shares)[0](words)

@@ -200,7 +200,7 @@ def guard_case(words: Words) -> Case:
     conversation = [("User", asked[0].upper() + asked[1:] if words.chance(0.8) else asked)]
     if words.chance(0.2):
         conversation = [("User", words.choice(_GREETINGS)), ("Agent", words.choice(_ANSWERS)), *conversation]
-    if words.chance(0.25):
+    if words.chance(0.25 if words.is_wide else 0.1):
         refuses = words.chance(0.4)
         reply = words.choice(_AGENT_NO if refuses else _AGENT_YES).replace("{x}", action)
         conversation.append(("Agent", reply))
@@ -216,7 +216,8 @@ def _more_to_judge(words: Words, listed: list[str], role: str) -> list[Message]:
     """Further messages under the same categories without the task's words: more verdicts from fewer tokens."""
     messages = []
     for _ in range(words.choice((2, 4, 6, 8))):
-        code = words.choice(list(CATEGORIES) if words.chance(0.25) else listed) if words.chance(0.65) else None
+        from_all = 0.25 if words.is_wide else 0.05
+        code = words.choice(list(CATEGORIES) if words.chance(from_all) else listed) if words.chance(0.65) else None
         action = _harmful(words, code) if code else _benign(words)
         text = words.choice(_FRAMES if role == "User" else _AGENT_YES).replace("{x}", action)
         prompt = f"<BEGIN CONVERSATION>\n\n{role}: {text[0].upper()}{text[1:]}\n\n<END CONVERSATION>"
@@ -230,7 +231,7 @@ def _listed(words: Words, code: str | None) -> list[str]:
         return list(CATEGORIES)
     count = words.random.randrange(1, 9)
     chosen = set(words.random.sample(list(CATEGORIES), count))
-    if code and words.chance(0.6):
+    if code and words.chance(0.6 if words.is_wide else 0.95):
         chosen.add(code)
     return [c for c in CATEGORIES if c in chosen]
 

@@ -200,8 +200,8 @@ def prose(words: Words) -> str:
 
 def _facts(words: Words) -> tuple[list[_Fact], dict[str, Kind | None]]:
     """Facts about one to three entities, none twice for one entity; generic relations where no kind is named."""
-    kind = words.choice(_KINDS) if words.chance(0.7) else None
-    count = words.choice((1, 1, 2))
+    kind = words.choice(_KINDS) if words.chance(0.7 if words.is_wide else 0.95) else None
+    count = words.choice((1, 1, 2)) if words.is_wide else 1
     facts: list[_Fact] = []
     kinds: dict[str, Kind | None] = {}
     for _ in range(count):
@@ -209,7 +209,7 @@ def _facts(words: Words) -> tuple[list[_Fact], dict[str, Kind | None]]:
         if entity in kinds:
             continue
         kinds[entity] = kind
-        size = words.choice((2, 3, 4)) if count == 1 else words.choice((1, 2, 3))
+        size = words.choice((2, 3, 4) if words.is_wide else (2, 2, 3)) if count == 1 else words.choice((1, 2, 3))
         attributes = list(kind.attributes) if kind else [_relation(words) for _ in range(size)]
         words.random.shuffle(attributes)
         labels: set[str] = set()

@@ -89,9 +89,9 @@ def built_in_case(words: Words) -> Case:
 
 def _tool(words: Words) -> Tool:
     arguments: dict[str, str] = {}
-    for _ in range(words.choice((1, 1, 2))):
-        name = words.own(ARGUMENTS) if words.chance(0.7) else words.pseudo(2)
-        arguments[name] = "integer" if words.chance(0.2) else "string"
+    for _ in range(words.choice((1, 1, 2) if words.is_wide else (1, 1, 1, 2))):
+        name = words.own(ARGUMENTS) if words.chance(0.7 if words.is_wide else 0.9) else words.pseudo(2)
+        arguments[name] = "integer" if words.chance(0.2 if words.is_wide else 0.1) else "string"
     return Tool(words.choice(_VERBS), words.noun(), arguments)
 
 

@@ -51,7 +51,7 @@ class Plan:
     """How long and how fast to train. The same plan on the same machine gives the same weights."""
 
     seed: int = 1
-    steps: int = 2900
+    steps: int = 4200
     batches: int = 2
     """Batches a step, whose gradients are averaged."""
     batch_tokens: int = 2560
@@ -61,7 +61,10 @@ class Plan:
     """Learning rate of the embedding table and the norms, which AdamW updates (arXiv:1711.05101)."""
     warm_up_steps: int = 30
     decay_step: int = 1000
-    """From here on the rates fall linearly, to nothing at the end."""
+    """From here on the rates fall linearly, to ``plain_rate`` at ``plain_step`` and then to nothing at the end."""
+    plain_step: int = 2000
+    """From here on the cases are like those that are measured."""
+    plain_rate: float = 0.47
     drill_steps: int = 300
     """Steps in which a part of the cases are copying tasks: that skill comes first, all others rest on it."""
     drill_share: float = 0.5
@@ -73,8 +76,10 @@ class Plan:
 
     def rate(self, step: int) -> float:
         """The share of the learning rates that applies at ``step``."""
-        falling = (self.steps - step) / max(self.steps - self.decay_step, 1)
-        return min(1.0, (step + 1) / self.warm_up_steps, falling)
+        if step < self.plain_step:
+            fallen = (step - self.decay_step) / max(self.plain_step - self.decay_step, 1)
+            return min(1.0, (step + 1) / self.warm_up_steps, 1.0 - fallen * (1.0 - self.plain_rate))
+        return self.plain_rate * (self.steps - step) / max(self.steps - self.plain_step, 1)
 
 
 def tokenizer_from_cases(seed: int, cases: int = TOKENIZER_CASES, vocabulary: int = VOCABULARY) -> tokenizers.Tokenizer:
@@ -185,9 +190,9 @@ class Trainer:
 
     def _batches(self) -> list[Batch]:
         plan = self.plan
-        phases: dict[Phase, float] = {"all": 1.0}
+        phases: dict[Phase, float] = {"plain" if self._pool_step >= plan.plain_step else "wide": 1.0}
         if self._pool_step < plan.drill_steps:
-            phases = {"drill": plan.drill_share, "all": 1 - plan.drill_share}
+            phases = {"drill": plan.drill_share, "wide": 1 - plan.drill_share}
         return batches(
             self._encoder,
             plan.seed,

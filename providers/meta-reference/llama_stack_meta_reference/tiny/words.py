@@ -27,9 +27,11 @@ def split_of(text: str) -> Split:
 class Words:
     """Draws names, nouns and values of one split; every draw comes from ``random``, so a seed settles them all."""
 
-    def __init__(self, random_source: random.Random, split: Split) -> None:
+    def __init__(self, random_source: random.Random, split: Split, *, is_wide: bool = False) -> None:
         self.random = random_source
         self.split = split
+        self.is_wide = is_wide
+        """Whether cases are to be harder than those that are measured, as they are in the first part of training."""
 
     def chance(self, probability: float) -> bool:
         """True with the given probability."""
