@@ -32,7 +32,10 @@ async def test_a_scripted_provider_records_calls_and_answers_with_samples() -> N
     assert await provider.completion(**given) == sample(completion.result, is_full=True)
     streamed = given["request"].model_copy(update={"stream": True})
     reply = await provider.completion(streamed)
-    assert [chunk async for chunk in chunks(reply)] == [sample(completion.chunk), sample(completion.chunk, is_full=True)]
+    assert [chunk async for chunk in chunks(reply)] == [
+        sample(completion.chunk),
+        sample(completion.chunk, is_full=True),
+    ]
     assert provider.calls == [("completion", given), ("completion", {"request": streamed})]  # type: ignore[attr-defined]
     assert chat.name == "chat_completion"
 

@@ -338,7 +338,9 @@ async def test_cancelling_a_call_stops_its_work(tmp_path: Path) -> None:
 async def test_an_unknown_model_is_answered_with_the_names_that_are_served(tmp_path: Path) -> None:
     """Model names are guesswork otherwise."""
     async with serving(tmp_path, *endless()) as (provider, _):
-        with pytest.raises(ModelNotFoundError, match=r"'llama3_8' is not served here; served: .*; did you mean 'llama3_8b'\?"):
+        with pytest.raises(
+            ModelNotFoundError, match=r"'llama3_8' is not served here; served: .*; did you mean 'llama3_8b'\?"
+        ):
             await provider.completion(completion(model="llama3_8"))
         assert await provider.owns("llama3_8b")
         assert not await provider.owns("llama3_70b")
