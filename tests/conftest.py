@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ipaddress
+import signal
 import sys
+import threading
 from typing import Any
 
 import pytest
@@ -18,6 +20,10 @@ def _refuse_the_network(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 sys.addaudithook(_refuse_the_network)
+
+if threading.current_thread() is threading.main_thread():
+    # A shell that starts us in the background has us ignore interrupts, our children too; some tests send them.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

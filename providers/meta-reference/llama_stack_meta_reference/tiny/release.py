@@ -163,7 +163,8 @@ world, it reads plain English of the kind that its generator writes, and it does
 | license | Apache-2.0, as the project |
 
 Held-out cases, greedy decoding, {cases} a skill, seed {seed}. None of their names, values, tool names and argument
-names stood in the training data; questions, greetings and messages to judge are worded as none there.
+names stood in the training data; greetings and messages to judge are worded as none there. Requests of tools and
+questions about passages are worded as in training, and a case asks one thing.
 
 | skill | bar | right | ended its turn by itself |
 |---|---|---|---|

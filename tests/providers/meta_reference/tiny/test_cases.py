@@ -12,6 +12,9 @@ from llama_stack_meta_reference.tiny.cases import SKILLS, held_out_cases, traini
 from llama_stack_meta_reference.tiny.guard import CATEGORIES, guard_prompt
 from llama_stack_meta_reference.tiny.words import NOUNS, split_of
 
+CLOSED = {"bread", "cake", "cheese", "rice", "soup", "pilot", "driver", "silver"}
+"""Nouns that passages also name from short lists of foods, jobs and colours, which are the same in training."""
+
 _FINGERPRINT = (
     "import hashlib, itertools; from llama_stack_meta_reference.tiny.cases import training_cases;"
     "cases = itertools.islice(training_cases(3), 300);"
@@ -50,7 +53,7 @@ def test_values_of_held_out_passages_are_made_of_held_out_names() -> None:
     for case in held_out_cases("passage", 100, 7):
         for fact in case.answer:
             word = fact.split()[0]
-            if word.isalpha() and word.lower() in NOUNS:
+            if word.isalpha() and word.lower() in NOUNS and word not in CLOSED:
                 assert split_of(word) == "held_out", fact
 
 
