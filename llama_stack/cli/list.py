@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from .options import server_url
 from .output import Row, show, warning
+
+if TYPE_CHECKING:
+    from ..registry import Registry
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print a JSON array of objects.")
 
@@ -34,8 +39,7 @@ def apis(as_json: bool) -> None:
         for found in registry.apis()
     ]
     show(rows, ("api", "operations", "providers", "package"), as_json=as_json)
-    for fault in registry.faults:
-        warning(str(fault))
+    _warn_of_faults(registry)
 
 
 @command.command(name="providers")
@@ -55,8 +59,7 @@ def providers(as_json: bool) -> None:
         for found in registry.providers()
     ]
     show(rows, ("api", "provider", "package", "description"), as_json=as_json)
-    for fault in registry.faults:
-        warning(str(fault))
+    _warn_of_faults(registry)
 
 
 @command.command(name="plugins")
@@ -111,3 +114,9 @@ def models(url: str, as_json: bool) -> None:
             for model in client.models.list_models()
         ]
     show(rows, ("model", "kind", "device", "context_tokens", "alias_of", "provider"), as_json=as_json)
+
+
+def _warn_of_faults(registry: Registry) -> None:
+    """Name the plugins that could not be loaded: what they declare is missing from the list."""
+    for fault in registry.faults:
+        warning(str(fault))

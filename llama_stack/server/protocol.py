@@ -179,7 +179,7 @@ class LimitedProtocol(H11Protocol):
             self._end()
 
     def _settle(self) -> None:
-        """See what the connection waits for now."""
+        """Set the limit of what the connection has come to wait for."""
         if self.transport.is_closing():
             return
         if self.cycle is not None and not self.cycle.response_complete:
