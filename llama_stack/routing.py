@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 from .apis.contract import Api, Operation, Shape, contract_of, operations
 from .apis.models import Models, ServedModel
-from .errors import ModelNotFoundError, NotFoundError
+from .errors import ModelNotFoundError, NotFoundError, StackError
 
 A = TypeVar("A", bound=Api)
 
@@ -112,12 +112,16 @@ def _dispatch(operation: Operation) -> Callable[..., Any]:
 
 
 async def _owner(operation: Operation, resource: str, backends: Sequence[Backend]) -> Api:
+    silent: StackError | None = None
     for backend in backends:
-        if backend.is_running and await backend.running().owns(resource):
-            return backend.running()
-    down = [backend for backend in backends if not backend.is_running]
-    if down:  # the resource may be theirs: "unavailable" is true, "not found" might not be
-        down[0].running()
+        try:
+            provider = backend.running()
+            if await provider.owns(resource):
+                return provider
+        except StackError as error:  # it is down, or what stands behind it is; another may still own the resource
+            silent = silent or error
+    if silent is not None:  # the resource may be theirs: "unavailable" is true, "not found" might not be
+        raise silent
     if operation.creates:
         return backends[0].running()
     if operation.resource == "model":

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from llama_stack.distribution import (
     Distribution,
     Fault,
+    PluginFilter,
     check_distribution,
     find_distribution,
     json_schema,
@@ -514,6 +515,14 @@ def test_plugins_that_are_denied_are_not_imported(tmp_path: Path, registry: Regi
     [fault] = check_distribution(path, environ={}, registry=registry)
     assert "crashes" in fault.remedy
     assert "banned" not in fault.remedy
+
+
+def test_a_package_is_denied_and_allowed_however_it_is_spelt() -> None:
+    """To pip ``acme_words`` and ``Acme-Words`` are one package: a denial of the one must not let the other in."""
+    for spelt in ("acme-words", "acme_words", "Acme.Words"):
+        assert not PluginFilter(deny=(spelt,)).admits("words", "Acme-Words")
+        assert PluginFilter(allow=(spelt,)).admits("words", "Acme-Words")
+        assert not PluginFilter(allow=(spelt,)).admits("words", "acme")
 
 
 def test_nothing_is_imported_while_the_filter_is_faulty(tmp_path: Path, registry: Registry) -> None:

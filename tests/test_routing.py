@@ -9,7 +9,7 @@ import pytest
 from llama_stack.apis import Api, Models, ServedModel, get, post
 from llama_stack.apis.common import Id, Schema
 from llama_stack.apis.models import ModelKind
-from llama_stack.errors import ModelNotFoundError, NotFoundError, ProviderUnavailableError
+from llama_stack.errors import ModelNotFoundError, NotFoundError, ProviderUnavailableError, UpstreamError
 from llama_stack.routing import ModelCatalog, route
 
 
@@ -138,6 +138,23 @@ async def test_a_resource_that_may_belong_to_a_provider_that_is_down_is_unavaila
     assert await choir.sing(Order(voice="alto")) == "alto of 1"
     for call in (choir.sing(Order(voice="tenor")), choir.join("tenor")):
         with pytest.raises(ProviderUnavailableError, match="second is down"):
+            await call
+
+
+class OutOfReach(Singers):
+    """A provider that runs, such as ``remote``, while the server that it speaks for cannot be reached."""
+
+    async def names(self) -> list[str]:
+        raise UpstreamError("no connection")
+
+
+@pytest.mark.anyio
+async def test_a_provider_that_cannot_say_what_it_owns_hides_nothing_of_the_others() -> None:
+    """A remote server that went away must not take the models of this machine with it."""
+    choir = route(Choir, [Backend(OutOfReach("tenor")), Backend(Singers("alto"))])
+    assert await choir.sing(Order(voice="alto")) == "alto of 1"
+    for call in (choir.sing(Order(voice="tenor")), choir.join("tenor")):
+        with pytest.raises(UpstreamError, match="no connection"):
             await call
 
 

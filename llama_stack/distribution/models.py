@@ -72,10 +72,11 @@ class PluginFilter(Config):
         return self
 
     def admits(self, *names: str) -> bool:
-        """Whether a plugin known by these names may be imported."""
+        """Whether a plugin known by these names may be imported; ``My_Plugin`` is ``my-plugin``, as pip has it."""
+        known = {_canonical(name) for name in names}
         if self.allow is not None:
-            return any(name in self.allow for name in names)
-        return not any(name in self.deny for name in names)
+            return not known.isdisjoint(map(_canonical, self.allow))
+        return known.isdisjoint(map(_canonical, self.deny))
 
 
 class StorageConfig(Config):
@@ -160,3 +161,8 @@ class Distribution(Config):
     """Where state is kept."""
     server: ServerConfig = ServerConfig()
     """Address, port and limits of the server."""
+
+
+def _canonical(name: str) -> str:
+    """The one spelling of a package's name (packaging.python.org, name normalization)."""
+    return re.sub(r"[-_.]+", "-", name).lower()
