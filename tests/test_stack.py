@@ -10,9 +10,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pydantic import Field
 
 from llama_stack.apis import Api, Config, Models, post
-from llama_stack.distribution import Distribution
+from llama_stack.distribution import Distribution, load_distribution
 from llama_stack.errors import (
     ContractMismatchError,
     NotProvidedError,
@@ -70,6 +71,13 @@ class Raising(Config):
     """What is raised at the start."""
 
     what: str
+
+
+class Exact(Config):
+    """Takes nothing that is merely like what it wants."""
+
+    letters: tuple[str, ...] = Field(strict=True)
+    folder: Path = Field(strict=True)
 
 
 class World:
@@ -430,6 +438,31 @@ async def test_a_store_that_fails_is_told_to_whoever_runs_the_stack(world: World
         await failed
         assert not stack.is_ready
         assert stack.store.fault == "the disk failed"
+
+
+async def test_settings_that_the_check_takes_start(tmp_path: Path) -> None:
+    """A distribution without faults must not end in a traceback, however strict a plugin is with its own fields."""
+
+    @asynccontextmanager
+    async def start(config: Exact) -> AsyncIterator[Letters]:
+        assert config == Exact(letters=("a", "b"), folder=Path("/tmp"))
+        yield Alphabet()
+
+    @hookimpl
+    def llama_stack_providers() -> Any:
+        yield ProviderSpec(api=Letters, name="exact", config=Exact, start=start)
+
+    plugin = SimpleNamespace(
+        llama_stack_providers=llama_stack_providers, llama_stack_apis=hookimpl(lambda: [ApiSpec(api=Letters)])
+    )
+    file = tmp_path / "exact.yaml"
+    file.write_text(
+        "version: 1\nname: exact\nproviders:\n  letters:\n"
+        "    - { provider: exact, config: { letters: [a, b], folder: /tmp } }\n"
+    )
+    registry = Registry([found for found in discover([plugin]) if found.entry is None])
+    async with running(Stack(load_distribution(file, environ={}, registry=registry), registry)) as stack:
+        assert await stack.api(Letters).next("a") == "b"
 
 
 async def test_an_api_that_the_distribution_does_not_name_is_unavailable(world: World, tmp_path: Path) -> None:
