@@ -44,7 +44,7 @@ class Generation:
         return Client.over(Stack(load_distribution(self.distribution, environ=os.environ, registry=registry), registry))
 
     def model_of(self, client: Client) -> str:
-        """The model asked for, else the only one there is. Raises ``ModelNotFoundError`` when the choice is open."""
+        """The model asked for, else the only one there is. Raises ``InvalidRequestError`` when the choice is open."""
         from ..apis.models import ModelKind
         from ..errors import InvalidRequestError, listed
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -10,7 +11,7 @@ from .options import server_url
 from .output import Row, show, warning
 
 if TYPE_CHECKING:
-    from ..registry import Registry
+    from ..errors import StackError
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print a JSON array of objects.")
 
@@ -39,7 +40,7 @@ def apis(as_json: bool) -> None:
         for found in registry.apis()
     ]
     show(rows, ("api", "operations", "providers", "package"), as_json=as_json)
-    _warn_of_faults(registry)
+    _warn([*registry.faults, *registry.duplicates])
 
 
 @command.command(name="providers")
@@ -59,7 +60,7 @@ def providers(as_json: bool) -> None:
         for found in registry.providers()
     ]
     show(rows, ("api", "provider", "package", "description"), as_json=as_json)
-    _warn_of_faults(registry)
+    _warn([*registry.faults, *registry.duplicates])
 
 
 @command.command(name="plugins")
@@ -82,6 +83,7 @@ def plugins(as_json: bool) -> None:
             }
         )
     show(rows, ("plugin", "package", "version", "state"), as_json=as_json)
+    _warn(registry.duplicates)
 
 
 @command.command(name="distributions")
@@ -116,7 +118,7 @@ def models(url: str, as_json: bool) -> None:
     show(rows, ("model", "kind", "device", "context_tokens", "alias_of", "provider"), as_json=as_json)
 
 
-def _warn_of_faults(registry: Registry) -> None:
-    """Name the plugins that could not be loaded: what they declare is missing from the list."""
-    for fault in registry.faults:
-        warning(str(fault))
+def _warn(errors: Sequence[StackError]) -> None:
+    """Say why something in the list is missing, or cannot be used though it is there."""
+    for error in errors:
+        warning(str(error))

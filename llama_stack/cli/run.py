@@ -27,6 +27,8 @@ def command(distribution: str, host: str | None, port: int | None) -> int:
 
     Name a YAML file, or one of the distributions that `llama-stack list distributions` shows.
     """
+    from pydantic import ValidationError
+
     from ..distribution import ServerConfig, load_distribution
     from ..registry import Registry
     from ..server import serve
@@ -35,7 +37,10 @@ def command(distribution: str, host: str | None, port: int | None) -> int:
     registry = Registry()
     found = load_distribution(distribution, environ=os.environ, registry=registry)
     changes = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
-    config = ServerConfig.model_validate(found.server.model_dump() | changes)
+    try:
+        config = ServerConfig.model_validate(found.server.model_dump() | changes)
+    except ValidationError as error:  # the port has been judged with the other options
+        raise click.BadParameter("name a host or an address of this machine", param_hint="'--host'") from error
     stack = Stack(found.model_copy(update={"server": config}), registry)
     announcements: list[asyncio.Task[None]] = []  # held here, for the loop itself holds a task weakly
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llama_stack.apis import APIS, operations
-from tests.broken_plugins import install
+from tests.broken_plugins import SAFETY_PLUGIN, install
 from tests.cli.called import Ran, Run, Served, ran_process
 
 
@@ -57,6 +57,19 @@ def test_a_broken_plugin_is_listed_with_cause_and_remedy(tmp_path: Path) -> None
     assert ran.err.startswith("warning: ")
     assert "acme-words" in ran.err
     assert ran.err.count("\n") == 1
+
+
+def test_what_two_packages_declare_is_listed_with_a_warning_that_names_both(tmp_path: Path) -> None:
+    """It cannot be used: better read here than in the refusal of a distribution that names it."""
+    for package, module in (("acme-words", "acme_words"), ("other-words", "other_words")):
+        install(tmp_path, package, {module: SAFETY_PLUGIN.replace("{name}", "words")}, {"words": module})
+    for what in ("providers", "plugins"):
+        ran = ran_process("list", what, site=tmp_path)
+        assert ran.code == 0
+        assert ran.err.startswith("warning: provider 'words' of 'safety' is declared by ")
+        assert "acme-words 1.0" in ran.err
+        assert "other-words 1.0" in ran.err
+        assert ran.err.count("\n") == 1
 
 
 def test_distributions_are_listed_with_their_file(run: Run) -> None:

@@ -118,6 +118,14 @@ def test_a_port_on_the_command_line_goes_before_the_files(run: Run, tmp_path: Pa
     assert "server.allowed_hosts" in ran.err
 
 
+def test_a_host_that_is_none_is_misuse(run: Run) -> None:
+    """A script that passes an empty variable should read which option it was, and no traceback."""
+    for host in ("", "h" * 256):
+        ran = run("run", "tiny", "--host", host)
+        assert (ran.code, ran.out) == (2, "")
+        assert "Invalid value for '--host': name a host or an address of this machine" in ran.err
+
+
 def test_a_provider_that_does_not_start_is_the_error(run: Run, tmp_path: Path) -> None:
     """The first thing that went wrong, and what to do about it, on the last line of stderr."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
