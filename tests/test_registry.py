@@ -379,7 +379,7 @@ def test_a_method_that_is_missing_is_named() -> None:
 
 
 def test_a_started_provider_must_be_one_of_its_api() -> None:
-    """The last look before the server listens."""
+    """The last look before a request reaches it."""
     check_provider(WORDS, sample_plugin.WordShield(()))
     with pytest.raises(ContractMismatchError, match="it yields object, not a subclass of Safety"):
         check_provider(WORDS, object())

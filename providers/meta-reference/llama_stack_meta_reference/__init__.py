@@ -1,1 +1,1 @@
-"""Llama in torch: inference, post-training and reward scoring as Llama Stack providers."""
+"""Llama in torch, as Llama Stack providers."""
