@@ -95,10 +95,11 @@ class Listener:
     async def close(self) -> None:
         """Close every connection and stop listening."""
         self._server.told_to_stop.set()
-        if self._sweep is not None:
-            self._sweep.cancel()
         if self._task is not None:
             await self._task
+        if self._sweep is not None:
+            self._sweep.cancel()
+            await asyncio.wait([self._sweep])
 
 
 @asynccontextmanager
@@ -109,8 +110,8 @@ async def listening(stack: Stack, config: ServerConfig | None = None) -> AsyncIt
     """
     config = config or stack.distribution.server
     listener = Listener(create_app(stack, config), bind(config), config)
-    await listener.open()
     try:
+        await listener.open()
         yield listener
         await listener.drain()
     finally:
@@ -156,6 +157,7 @@ def _bound(family: int, address: tuple[Any, ...]) -> socket.socket:
         if family == socket.AF_INET6:
             bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         bound.bind(address)
+        bound.listen()  # only this finds out that another server, bound as we are, was quicker
         bound.setblocking(False)
     except OSError:
         bound.close()

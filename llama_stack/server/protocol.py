@@ -74,7 +74,7 @@ class LimitedConnection(h11.Connection):
                 self.fault = HeadersTooLargeError(f"the headers are larger than {self._max_header_bytes} bytes")
             raise
         if type(event) is h11.Data:
-            self._chunks += 1
+            self._chunks += event.chunk_start  # the pieces of a body of declared length are the network's
             self._body_bytes += len(event.data)
             if self._chunks > FREE_CHUNKS + self._body_bytes // BYTES_A_CHUNK:
                 self._refuse(TooLargeError("the body comes in too many small chunks"))
@@ -111,7 +111,6 @@ class LimitedProtocol(H11Protocol):
         self._application = self.app
         self.app = self._call_application
         self.conn: LimitedConnection = LimitedConnection(connections.limits)
-        self._wire: Wire | None = None
         self._refusal: StackError | None = None
         self._unsent_bytes = 0
         self._stall_due = inf
@@ -120,8 +119,7 @@ class LimitedProtocol(H11Protocol):
         self.due = inf
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
-        self._wire = Wire(transport, self._is_receiving, self._closing)
-        super().connection_made(self._wire)
+        super().connection_made(Wire(transport, self._is_receiving, self._closing))
         self.address = self.client[0] if self.client else ""
         self._await(Phase.IDLE, self._limits.header_timeout_seconds)
         fault = self._census.admit(self)
@@ -153,30 +151,30 @@ class LimitedProtocol(H11Protocol):
 
     def shutdown(self) -> None:
         if self.cycle is None or self.cycle.response_complete:
-            self._end()
+            self.transport.close()
         else:
             self.cycle.keep_alive = False
 
     def check(self, now: float) -> None:
-        """End the present wait if it has been too long."""
-        if self.flow.write_paused and self._wire is not None:
-            unsent = self._wire.get_write_buffer_size()
-            if unsent != self._unsent_bytes:
-                self._unsent_bytes, self._stall_due = unsent, now + self._limits.write_timeout_seconds
-            elif now >= self._stall_due:
-                self._wire.abort()
-                return
-        else:
-            self._unsent_bytes = 0
-        if now < self.due:
+        """End the present wait if it has been too long.
+
+        A client that still takes its last answer, however slowly, is given time for all but its next headers.
+        """
+        unsent = self.transport.get_write_buffer_size()
+        if unsent != self._unsent_bytes:
+            self._unsent_bytes, self._stall_due = unsent, now + self._limits.write_timeout_seconds
+        elif unsent and now >= self._stall_due:
+            self.transport.abort()
+            return
+        if now < self.due or (unsent and self.phase is not Phase.HEADERS):
             return
         if self.phase is Phase.HEADERS:
             seconds = self._limits.header_timeout_seconds
             self._refuse(RequestTimeoutError(f"the headers did not arrive within {seconds:g} seconds"))
         elif self.phase is Phase.CLOSING:
-            self._abort()
+            self.transport.abort()
         else:
-            self._end()
+            self.transport.close()
 
     def _settle(self) -> None:
         """Set the limit of what the connection has come to wait for."""
@@ -210,9 +208,9 @@ class LimitedProtocol(H11Protocol):
                 exchange.interrupt(error)
             return
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
-            self._end()
+            self.transport.close()
             return
-        self.phase, self.due = Phase.BUSY, inf
+        self.due = inf
         scope = {
             "type": "http",
             "asgi": {"version": self.asgi_version, "spec_version": "2.3"},
@@ -248,25 +246,17 @@ class LimitedProtocol(H11Protocol):
         """Close in the middle of an answer, so that the client sees that it is not whole."""
         self.cycle.disconnected = True
         if self.scope["http_version"] == "1.0":  # whose answers end where the connection ends
-            self._abort()
+            self.transport.abort()
         else:
-            self._end()
-
-    def _end(self) -> None:
-        if self._wire is not None:
-            self._wire.close()
-
-    def _abort(self) -> None:
-        if self._wire is not None:
-            self._wire.abort()
+            self.transport.close()
 
     def _is_receiving(self) -> bool:
         """Whether closing now would reset a client that is still sending."""
         return self.conn.their_state in (h11.SEND_BODY, h11.ERROR) or self.phase is Phase.HEADERS
 
-    def _closing(self, lingers: bool) -> None:
+    def _closing(self) -> None:
         self.flow.resume_reading()
-        self._await(Phase.CLOSING, LINGER_SECONDS if lingers else self._limits.write_timeout_seconds)
+        self._await(Phase.CLOSING, LINGER_SECONDS)
 
 
 class Connections:

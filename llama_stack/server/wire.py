@@ -18,9 +18,9 @@ class Wire(asyncio.Transport):
     """
 
     def __init__(
-        self, transport: asyncio.Transport, is_receiving: Callable[[], bool], on_close: Callable[[bool], None]
+        self, transport: asyncio.Transport, is_receiving: Callable[[], bool], on_close: Callable[[], None]
     ) -> None:
-        """``is_receiving`` tells whether the client is still sending; ``on_close`` is told whether we linger."""
+        """``is_receiving`` tells whether the client is still sending; ``on_close`` is told that we close."""
         super().__init__()
         self.transport = transport
         self._loop = asyncio.get_running_loop()
@@ -54,12 +54,14 @@ class Wire(asyncio.Transport):
             return
         self.flush()
         self._is_closing = True
-        lingers = self._is_receiving() and self.transport.can_write_eof() and not self.transport.is_closing()
-        if lingers:
-            self.transport.write_eof()
+        if self._is_receiving() and self.transport.can_write_eof() and not self.transport.is_closing():
+            try:
+                self.transport.write_eof()
+            except OSError:  # the client has reset the connection, and the loop has not heard of it yet
+                self.transport.abort()
         else:
             self.transport.close()
-        self._on_close(lingers)
+        self._on_close()
 
     def is_closing(self) -> bool:
         return self._is_closing or self.transport.is_closing()

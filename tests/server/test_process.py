@@ -227,6 +227,17 @@ async def test_taken_port_is_refused_with_its_number() -> None:
             bind(ServerConfig(port=port))
 
 
+async def test_port_is_ours_once_it_is_bound() -> None:
+    """Of two servers that start at once the second must be refused, and not wait for ever for its turn to listen."""
+    sockets = bind(ServerConfig(port=0))
+    try:
+        with pytest.raises(SetupError, match="Address already in use"):
+            bind(ServerConfig(port=sockets[0].getsockname()[1]))
+    finally:
+        for opened in sockets:
+            opened.close()
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
 async def test_listening_to_other_machines_takes_a_word_of_the_operator(host: str) -> None:
     """Nothing asks a client who it is yet; whoever opens the door has to say under which names."""

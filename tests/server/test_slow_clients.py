@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
+import struct
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from fastapi import Response
 
+from llama_stack.server.protocol import Phase
 from tests.server.serving import CHAT, CHAT_PATH, RawClient, Serving, check_problem, serving
 
 pytestmark = pytest.mark.anyio
@@ -66,6 +70,16 @@ async def test_headers_that_never_end_are_cut_off(served: Serving) -> None:
     dripping.cancel()
 
 
+async def test_headers_that_drip_are_told_why(served: Serving) -> None:
+    """Closing while bytes still come would reset the connection, and take the answer with it."""
+    client = await served.connect()
+    await client.send(b"GET /version HTTP/1.1\r\nhost: localhost\r\nx-drip: ")
+    for _ in range(60):  # nothing is read meanwhile
+        await client.send(b"a")
+        await asyncio.sleep(0.01)
+    assert await refused_with(client, 408) == "request_timeout"
+
+
 @pytest.mark.parametrize("framing", [b"content-length: 500\r\n\r\n", b"transfer-encoding: chunked\r\n\r\n"])
 async def test_body_that_never_comes_is_cut_off(served: Serving, framing: bytes) -> None:
     """An idle body holds a connection and memory."""
@@ -107,6 +121,42 @@ async def test_stream_that_nobody_reads_is_cut_off_and_its_work_stopped() -> Non
         assert served.stub.steps < 1000
 
 
+async def test_answer_that_is_taken_slowly_is_not_cut_off(served: Serving) -> None:
+    """The limit is on taking nothing; how long a client takes for the whole is its own affair."""
+    size = 20_000_000  # more than the kernel's buffers hold
+
+    @served.listener.app.get("/large")
+    async def large() -> Response:
+        return Response(b"x" * size)
+
+    loop = asyncio.get_running_loop()
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
+        client.setblocking(False)
+        await loop.sock_connect(client, ("127.0.0.1", served.listener.port))
+        await loop.sock_sendall(client, b"GET /large HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        taken, began = 0, loop.time()
+        while data := await loop.sock_recv(client, 1 << 20):
+            taken += len(data)
+            await asyncio.sleep(0.02)
+        assert taken > size
+        assert loop.time() - began > 4 * LIMITS["write_timeout_seconds"]
+
+
+async def test_reset_that_nobody_has_heard_of_does_not_end_the_limits(served: Serving) -> None:
+    """The sweep closes a connection that is gone already; failing at it would leave all others without limits."""
+    client = await served.connect()
+    await client.send(b"POST /nowhere HTTP/1.1\r\nhost: localhost\r\ncontent-length: 500\r\n\r\n")
+    while not (unread := [c for c in served.listener.connections if c.phase is Phase.UNREAD]):
+        await asyncio.sleep(0)
+    client.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.abort()
+    while client.writer.get_extra_info("socket").fileno() >= 0:
+        await asyncio.sleep(0)
+    for connection in unread:
+        connection.check(unread[0].due)
+
+
 async def test_declared_body_over_the_cap_is_refused_unread(served: Serving) -> None:
     """The client learns it before it has sent anything."""
     client = await served.connect()
@@ -135,6 +185,18 @@ async def test_flood_of_tiny_chunks_is_refused(served: Serving) -> None:
     client = await served.connect()
     await client.send(HEAD + b"transfer-encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 5_000)
     assert await refused_with(client, 413) == "too_large"
+
+
+async def test_body_of_declared_length_may_come_in_any_pieces(served: Serving) -> None:
+    """How it is cut up is the network's doing, and differs from time to time."""
+    body = json.dumps({**CHAT, "model": "stub"}).encode() + b" " * 3_000
+    client = await served.connect()
+    await client.send(HEAD + b"content-length: %d\r\n\r\n" % len(body))
+    for value in body:
+        client.writer.write(bytes([value]))
+        for _ in range(5):
+            await asyncio.sleep(0)  # the server reads it by itself
+    assert (await client.response())[0] == 200
 
 
 @pytest.mark.parametrize(
