@@ -6,6 +6,7 @@ table (the faces) is FastAPI's.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,6 +25,7 @@ from .exchange import KEY, Exchange
 from .faults import of_faults, pointer
 from .health import Health
 from .metrics import Metrics
+from .requests import gated
 from .routes import Routes
 from .sites import Sites
 from .traffic import Traffic, note_failure
@@ -40,7 +42,8 @@ class StackApp(FastAPI):
         for kind in (StackError, HTTPException, RequestValidationError, Exception):
             self.add_exception_handler(kind, self._answer)
         # one thread: large bodies wait for one another and not the event loop for all of them
-        executor = ThreadPoolExecutor(1, thread_name_prefix="gate")
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="gate")
+        self._limits = config.limits
         self._framework = super().build_middleware_stack()
         self._routes = Routes(self._serve_faces, is_wrapped=bool(stack.distribution.middleware))
         inner: ASGIApp = self._routes
@@ -49,8 +52,8 @@ class StackApp(FastAPI):
             inner = spec.wrap(inner, spec.config.model_validate(entry.config))
         metrics = Metrics(stack, lambda: self.traffic.running)
         sites = Sites(config.host, config.allowed_hosts, config.allowed_origins)
-        self.traffic = Traffic(inner, sites, metrics)
-        self._routes.add_operations(stack.apis, stack, config, executor)
+        self.traffic = Traffic(inner, sites, metrics, config.limits)
+        self._routes.add_operations(stack.apis, stack, config, self._executor)
         self._routes.add_missing([api for api in APIS if api not in stack.apis], stack.distribution.name)
         Health(stack, self.traffic, metrics, self._face_documents).add_to(self._routes)
 
@@ -65,6 +68,8 @@ class StackApp(FastAPI):
         exchange: Exchange = scope[KEY]
         exchange.watch_when_read()
         self._take_up_faces()
+        if exchange.has_body and _is_json(exchange):
+            receive = gated(receive, self._limits, self._executor)
         try:
             await self._framework(scope, receive, send)
         finally:
@@ -88,23 +93,37 @@ class StackApp(FastAPI):
     async def _answer(self, request: Request, error: Exception) -> Response:
         exchange: Exchange = request.scope[KEY]
         exchange.template = getattr(request.scope.get("route"), "path", exchange.template)
-        told = self._told(exchange, error)
+        told = self._told(exchange, error, is_routed="route" in request.scope)
         note_failure(exchange, told)
         headers = {name.decode(): value.decode() for name, value in problem_headers(told)}
+        if isinstance(error, HTTPException):  # its own say more: when to come again, which kind of key is wanted
+            headers = headers | {name.lower(): value for name, value in (error.headers or {}).items()}
         return Response(problem_bytes(told, exchange.id), shown(told).status, headers)
 
-    def _told(self, exchange: Exchange, error: Exception) -> Exception:
+    def _told(self, exchange: Exchange, error: Exception, *, is_routed: bool) -> Exception:
         if isinstance(error, RequestValidationError):
-            return of_faults([FieldFault(pointer(e["loc"][1:]), "invalid", e["msg"]) for e in error.errors()])
+            return of_faults([_fault(detail) for detail in error.errors()])
         if not isinstance(error, HTTPException):
             return error
-        if error.status_code == 404:
+        if isinstance(error.__cause__, StackError):  # the framework says 400 of whatever is raised while it reads
+            return error.__cause__
+        if error.status_code == 404 and not is_routed:
             path = exchange.path[:200]
             return RouteNotFoundError(f"there is nothing at {path}{nearest(path, self._routes.paths)}")
         if error.status_code == 405:
             allowed = (error.headers or {}).get("Allow", "")
             return MethodNotAllowedError(exchange.method[:16], exchange.template, allowed.split(", "))
         return of_status(error.status_code, str(error.detail))
+
+
+def _fault(detail: Mapping[str, Any]) -> FieldFault:
+    part, *path = detail["loc"]
+    return FieldFault(f"?{path[0]}" if part == "query" and path else pointer(path), "invalid", detail["msg"])
+
+
+def _is_json(exchange: Exchange) -> bool:
+    name = exchange.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+    return name == b"application/json" or name.endswith(b"+json")
 
 
 def create_app(stack: Stack, config: ServerConfig | None = None) -> StackApp:

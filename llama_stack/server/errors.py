@@ -10,16 +10,20 @@ import json
 from typing import Any
 
 from ..errors import (
+    ConflictError,
     DeadlineExceededError,
     FieldFault,
     ForbiddenError,
+    InvalidRequestError,
     MethodNotAllowedError,
     NotFoundError,
     NotProvidedError,
+    RateLimitedError,
     RequestError,
     RequestTimeoutError,
     SetupError,
     StackError,
+    StorageFullError,
     TooLargeError,
     UnauthenticatedError,
     UnavailableError,
@@ -34,16 +38,21 @@ MAX_FAULTS = 20
 """Faults named in one answer; the detail still counts them all."""
 
 _BY_STATUS: dict[int, type[StackError]] = {
+    400: RequestError,
     401: UnauthenticatedError,
     403: ForbiddenError,
     404: NotFoundError,
     408: RequestTimeoutError,
+    409: ConflictError,
     413: TooLargeError,
     415: UnsupportedMediaError,
+    422: InvalidRequestError,
+    429: RateLimitedError,
     501: NotProvidedError,
     502: UpstreamError,
     503: UnavailableError,
     504: DeadlineExceededError,
+    507: StorageFullError,
 }
 
 
@@ -85,7 +94,8 @@ def problem(error: BaseException, request_id: str) -> dict[str, Any]:
 
 def problem_bytes(error: BaseException, request_id: str) -> bytes:
     """The problem document as compact JSON on one line, ready for a body, an event or a line."""
-    return json.dumps(problem(error, request_id), separators=(",", ":")).encode()
+    # ``str`` for members of a provider's making: no failure may keep us from telling of another
+    return json.dumps(problem(error, request_id), separators=(",", ":"), default=str).encode()
 
 
 def problem_headers(error: BaseException) -> Headers:

@@ -15,7 +15,15 @@ from typing import Any
 
 from starlette.types import Message, Receive, Scope, Send
 
-from ..errors import DeadlineExceededError, FieldFault, InvalidRequestError, RequestError
+from ..distribution import ServerLimits
+from ..errors import (
+    DeadlineExceededError,
+    FieldFault,
+    InvalidRequestError,
+    RequestError,
+    RequestTimeoutError,
+    TooLargeError,
+)
 from .errors import Headers, problem_bytes, problem_headers, shown
 
 KEY = "llama_stack.exchange"
@@ -51,9 +59,12 @@ class Exchange:
 
     __slots__ = (
         "_closing",
+        "_disarm",
         "_interruption",
+        "_limits",
         "_receive",
         "_send",
+        "_taken",
         "_task",
         "_timers",
         "_watcher",
@@ -75,7 +86,7 @@ class Exchange:
         "template",
     )
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, limits: ServerLimits) -> None:
         self.started_at = perf_counter()
         self.scope = scope
         self.method: str = scope["method"]
@@ -97,6 +108,9 @@ class Exchange:
         ]
         self._receive = receive
         self._send = send
+        self._limits = limits
+        self._disarm: Callable[[], None] | None = None
+        self._taken: Message | None = None
         self._task = asyncio.current_task()
         self._timers: list[asyncio.TimerHandle] = []
         self._watcher: asyncio.Task[None] | None = None
@@ -109,6 +123,11 @@ class Exchange:
     def has_started(self) -> bool:
         """Whether the status is spent."""
         return self.status != 0
+
+    @property
+    def has_body(self) -> bool:
+        """Whether the headers announce a body of more than no bytes."""
+        return bool(self.headers.get(b"content-length", b"").strip(b"0")) or b"transfer-encoding" in self.headers
 
     def check_headers(self) -> None:
         """Refuse headers that leave open what is meant, and arm the deadline that the client gives.
@@ -167,7 +186,7 @@ class Exchange:
 
     def watch_when_read(self) -> None:
         """Watch as soon as the body has been read, at once if there is none: the watcher would take its messages."""
-        if b"content-length" not in self.headers and b"transfer-encoding" not in self.headers:
+        if not self.has_body:
             self.watch_unhurried()
 
     def go_through(self, receive: Receive, send: Send) -> None:
@@ -183,11 +202,23 @@ class Exchange:
         return await (self._wrapped_receive or self.receive)()
 
     async def receive(self) -> Message:
-        """The next message of the request, counted."""
+        """The next message of the request, counted. Whoever reads the body, its limits on size and time hold.
+
+        Raises ``TooLargeError``, before anything is read where the length is declared.
+        """
+        if self._taken is not None:
+            message, self._taken = self._taken, None
+            return message
+        if self._disarm is None and self.has_body:
+            self._begin_body()
         message = await self._receive()
         if message["type"] == "http.request":
             self.bytes_in += len(message.get("body", b""))
+            if self.bytes_in > self._limits.max_body_bytes:
+                raise self._too_large()
             if not message.get("more_body", False):
+                if self._disarm is not None:
+                    self._disarm()
                 self.watch_unhurried()
         return message
 
@@ -210,10 +241,9 @@ class Exchange:
         await self.begin(status, headers)
         await self._send_body(body, False)
 
-    async def answer_error(self, error: BaseException, headers: Headers | None = None) -> None:
+    async def answer_error(self, error: BaseException) -> None:
         """Send the problem document of an error."""
-        headers = [*problem_headers(error), *(headers or ())]
-        await self.answer(shown(error).status, headers, problem_bytes(error, self.id))
+        await self.answer(shown(error).status, problem_headers(error), problem_bytes(error, self.id))
 
     async def begin(self, status: int, headers: Headers) -> None:
         """Send the status and the headers."""
@@ -256,7 +286,18 @@ class Exchange:
         if self._watcher is not None:
             self._watcher.cancel()
 
+    def _begin_body(self) -> None:
+        declared = self.headers.get(b"content-length", b"")
+        if declared.isdigit() and (len(declared) > 12 or int(declared) > self._limits.max_body_bytes):
+            raise self._too_large()
+        seconds = self._limits.body_timeout_seconds
+        late = RequestTimeoutError(f"the body did not arrive within {seconds:g} seconds")
+        self._disarm = self.interrupt_after(seconds, late)
+
+    def _too_large(self) -> TooLargeError:
+        return TooLargeError(f"the body is larger than {self._limits.max_body_bytes} bytes")
+
     async def _watch(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
+        while (message := await self._receive())["type"] != "http.disconnect":
+            self._taken = message  # that there is no body, for whoever asks for it late
         self.interrupt(ClientGoneError())

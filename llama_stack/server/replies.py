@@ -128,7 +128,7 @@ async def _stream(
                     turn_ends = perf_counter() + TURN_SECONDS
             if form.closing:
                 await exchange.write(form.closing)
-        except (asyncio.CancelledError, Exception) as caught:
+        except (asyncio.CancelledError, Exception, SystemExit) as caught:
             error = exchange.interruption() if isinstance(caught, asyncio.CancelledError) else caught
             if isinstance(error, ClientGoneError) or not has_error_slot:
                 raise error from None

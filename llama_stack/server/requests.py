@@ -1,27 +1,27 @@
 """From a request to the arguments of an operation: query, body, and all that must hold for them.
 
-A body is read under a cap and a time limit, passes the JSON gate, and is validated by the contract's own adapter. Large
-ones are looked at in a thread, so that the event loop keeps running.
+A body passes the JSON gate and is validated by the contract's own adapter; the bodies of faces pass the same gate.
+Large ones are looked at in a thread, so that the event loop keeps running.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
+from starlette.types import Message, Receive
 
 from ..apis.contract import Operation
-from ..distribution import ServerConfig
+from ..distribution import ServerConfig, ServerLimits
 from ..errors import (
     FieldFault,
     InvalidRequestError,
     MalformedJsonError,
-    RequestTimeoutError,
-    TooLargeError,
     UnsupportedMediaError,
     nearest,
 )
@@ -33,6 +33,26 @@ from .replies import accepted
 INLINE_BYTES = 32_768
 """Bodies up to this size are checked on the event loop: they take a few milliseconds at worst."""
 MAX_QUERY_FIELDS = 64
+_T = TypeVar("_T")
+
+
+def gated(receive: Receive, limits: ServerLimits, executor: Executor) -> Receive:
+    """``receive`` for a face that takes JSON: the body comes in one piece, once it has passed the gate and parses.
+
+    Raises ``MalformedJsonError`` or ``TooLargeError`` where the body is asked for.
+    """
+    is_read = False
+
+    async def receive_gated() -> Message:
+        nonlocal is_read
+        if is_read:
+            return await receive()
+        body = await _whole_body(receive)
+        await _examined(_check_parses, body, limits, executor=executor)
+        is_read = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return receive_gated
 
 
 class Reader:
@@ -56,12 +76,8 @@ class Reader:
             self._refuse_body(exchange)
             return arguments
         self._check_media(exchange)
-        body = await self._body(exchange)
-        if len(body) <= INLINE_BYTES:
-            arguments[operation.body.name] = self._validated(body)
-        else:
-            loop = asyncio.get_running_loop()
-            arguments[operation.body.name] = await loop.run_in_executor(self._executor, self._validated, body)
+        body = await _whole_body(exchange.next_message)
+        arguments[operation.body.name] = await _examined(self._validated, body, executor=self._executor)
         return arguments
 
     def _query(self, query: bytes) -> dict[str, Any]:
@@ -100,8 +116,7 @@ class Reader:
         return arguments
 
     def _refuse_body(self, exchange: Exchange) -> None:
-        length = exchange.headers.get(b"content-length", b"0")
-        if length.strip(b"0") or b"transfer-encoding" in exchange.headers:
+        if exchange.has_body:
             raise InvalidRequestError(f"{self._operation.key} takes no body; send its parameters in the query")
 
     def _check_media(self, exchange: Exchange) -> None:
@@ -114,35 +129,10 @@ class Reader:
         if exchange.headers.get(b"content-encoding", b"identity").lower() != b"identity":
             raise UnsupportedMediaError("the body should be sent as it is, without a content-encoding")
 
-    async def _body(self, exchange: Exchange) -> bytes:
-        limit = self._limits.max_body_bytes
-        declared = exchange.headers.get(b"content-length", b"")
-        if declared.isdigit() and (len(declared) > 12 or int(declared) > limit):
-            raise TooLargeError(f"the body is larger than {limit} bytes")
-        seconds = self._limits.body_timeout_seconds
-        late = RequestTimeoutError(f"the body did not arrive within {seconds:g} seconds")
-        disarm = exchange.interrupt_after(seconds, late)
-        pieces: list[bytes] = []
-        size = 0
-        while True:
-            message = await exchange.next_message()
-            if message["type"] != "http.request":
-                raise ClientGoneError
-            piece: bytes = message.get("body", b"")
-            pieces.append(piece)
-            size += len(piece)
-            if size > limit:
-                raise TooLargeError(f"the body is larger than {limit} bytes")
-            if not message.get("more_body", False):
-                disarm()
-                return piece if len(pieces) == 1 else b"".join(pieces)
-
     def _validated(self, body: bytes) -> Any:
         parameter = self._operation.body
         assert parameter is not None
-        if not body:
-            raise MalformedJsonError("the body is empty; it should be JSON")
-        check_json(body, max_depth=self._limits.max_json_depth, max_nodes=self._limits.max_json_nodes)
+        _check_gate(body, self._limits)
         try:
             value = parameter.adapter.validate_json(body)
         except ValidationError as error:
@@ -152,6 +142,37 @@ class Reader:
             if absent:
                 raise of_faults([FieldFault(pointer(path), "missing", "is required") for path in absent])
         return value
+
+
+async def _whole_body(receive: Receive) -> bytes:
+    pieces: list[bytes] = []
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            raise ClientGoneError
+        pieces.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return b"".join(pieces)
+
+
+async def _examined(examine: Callable[..., _T], body: bytes, *rest: Any, executor: Executor) -> _T:
+    if len(body) <= INLINE_BYTES:
+        return examine(body, *rest)
+    return await asyncio.get_running_loop().run_in_executor(executor, examine, body, *rest)
+
+
+def _check_gate(body: bytes, limits: ServerLimits) -> None:
+    if not body:
+        raise MalformedJsonError("the body is empty; it should be JSON")
+    check_json(body, max_depth=limits.max_json_depth, max_nodes=limits.max_json_nodes)
+
+
+def _check_parses(body: bytes, limits: ServerLimits) -> None:
+    _check_gate(body, limits)
+    try:
+        from_json(body)
+    except ValueError as error:
+        raise MalformedJsonError(f"the body is not valid JSON: {error}") from None
 
 
 def _accepts_events_alone(exchange: Exchange) -> bool:

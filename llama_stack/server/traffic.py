@@ -10,6 +10,7 @@ from time import perf_counter
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ..distribution import ServerLimits
 from ..errors import DrainingError
 from .errors import shown
 from .exchange import KEY, REFUSAL, ClientGoneError, Exchange
@@ -26,8 +27,9 @@ CLOSE = (b"connection", b"close")
 class Traffic:
     """The outermost ASGI application: wraps all others, and no failure gets past it unanswered."""
 
-    def __init__(self, app: ASGIApp, sites: Sites, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, sites: Sites, metrics: Metrics, limits: ServerLimits) -> None:
         self._app = app
+        self._limits = limits
         self._sites = sites
         self._metrics = metrics
         self._running: set[Exchange] = set()
@@ -39,7 +41,7 @@ class Traffic:
             if scope["type"] == "lifespan":
                 await self._app(scope, receive, send)
             return
-        exchange = Exchange(scope, receive, send)
+        exchange = Exchange(scope, receive, send, self._limits)
         scope[KEY] = exchange
         self._running.add(exchange)
         try:

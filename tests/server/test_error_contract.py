@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from llama_stack import errors
 from llama_stack.distribution import ServerLimits
 from llama_stack.errors import (
     CheckpointError,
+    ConflictError,
     FieldFault,
     InvalidRequestError,
     OverloadedError,
@@ -20,7 +22,7 @@ from llama_stack.errors import (
     StackError,
     UnauthenticatedError,
 )
-from llama_stack.server.errors import MAX_FAULTS, of_status, problem, problem_headers
+from llama_stack.server.errors import MAX_FAULTS, of_status, problem, problem_bytes, problem_headers
 from tests.server.serving import check_problem
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -89,6 +91,21 @@ def test_headers_tell_what_to_do_next() -> None:
     assert (b"retry-after", b"7") in problem_headers(OverloadedError("full", retry_after_seconds=7))
     assert (b"retry-after", b"1") in problem_headers(RateLimitedError("slow down", retry_after_seconds=0))
     assert (b"www-authenticate", b"Bearer") in problem_headers(UnauthenticatedError("who are you?"))
+
+
+def test_member_that_is_not_json_is_told_in_words() -> None:
+    """A plugin's own members may be of any type, and an answer that cannot be written would be no answer."""
+    error = ConflictError("it is final", extra={"since": datetime(2026, 1, 2, tzinfo=UTC)})
+    assert json.loads(problem_bytes(error, "r"))["since"] == "2026-01-02 00:00:00+00:00"
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [(400, "bad_request"), (409, "conflict"), (422, "validation"), (429, "rate_limited"), (507, "storage_full")],
+)
+def test_status_that_a_framework_chose_gets_the_code_of_the_page(status: int, code: str) -> None:
+    """A program looks at the code, and the page says which codes a status has."""
+    assert problem(of_status(status, "said so"), "r")["error"]["code"] == code
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 409, 418, 451, 500, 501, 502, 503, 504])

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx2
 import pytest
-from fastapi import APIRouter, HTTPException
+from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -57,6 +57,27 @@ class Plugin:
         async def broken() -> str:
             raise OSError("canary")
 
+        @router.get("/lost/{text}")
+        async def lost(text: str) -> str:
+            raise HTTPException(404, f"there is no thread {text}")
+
+        @router.get("/busy")
+        async def busy() -> str:
+            raise HTTPException(429, "not so fast", headers={"Retry-After": "7"})
+
+        @router.post("/sum")
+        async def total(body: dict[str, float]) -> float:
+            return sum(body.values())
+
+        @router.post("/size")
+        async def size(request: Request) -> int:
+            return len(await request.body())
+
+        @router.get("/late")
+        async def late(request: Request) -> int:
+            await asyncio.sleep(0.05)  # by now the client is watched for its leaving
+            return len(await request.body())
+
         @router.post("/slow")
         async def slow(body: dict[str, Any]) -> str:
             self.entered.set()
@@ -65,6 +86,10 @@ class Plugin:
             finally:
                 self.cancelled.set()
             return ""
+
+        @router.post("/idle")
+        async def idle() -> str:
+            return await slow({})
 
         @router.get("/stream")
         async def stream() -> StreamingResponse:
@@ -101,7 +126,7 @@ class Plugin:
 
 
 @asynccontextmanager
-async def with_plugin() -> AsyncIterator[tuple[Plugin, Serving]]:
+async def with_plugin(**limits: float) -> AsyncIterator[tuple[Plugin, Serving]]:
     plugin, stub = Plugin(), StubPlugin()
     distribution = Distribution.model_validate(
         {
@@ -113,7 +138,7 @@ async def with_plugin() -> AsyncIterator[tuple[Plugin, Serving]]:
                 {"middleware": "tag", "config": {"tag": "outer"}},
                 {"middleware": "tag", "config": {"tag": "inner"}},
             ],
-            "server": {"port": 0},
+            "server": {"port": 0, "limits": limits},
         }
     )
     stack = Stack(distribution, Registry(discover(extra=[plugin, stub])))
@@ -122,7 +147,12 @@ async def with_plugin() -> AsyncIterator[tuple[Plugin, Serving]]:
         listening(stack) as listener,
         httpx2.AsyncClient(base_url=listener.url, trust_env=False) as client,
     ):
-        yield plugin, Serving(listener, stub.started[-1], client)
+        served = Serving(listener, stub.started[-1], client)
+        try:
+            yield plugin, served
+        finally:
+            for raw in served.opened:
+                raw.abort()
 
 
 async def test_face_is_served_with_the_headers_of_all_replies() -> None:
@@ -142,6 +172,8 @@ async def test_face_is_served_with_the_headers_of_all_replies() -> None:
         ("/v1/echo/ab?times=x", 422, "validation"),
         ("/v1/missing", 404, "model_not_found"),
         ("/v1/teapot", 418, "bad_request"),
+        ("/v1/lost/x", 404, "not_found"),
+        ("/v1/busy", 429, "rate_limited"),
         ("/v1/broken", 500, "internal"),
         ("/v1/nowhere", 404, "route_not_found"),
     ],
@@ -156,6 +188,67 @@ async def test_errors_of_faces_have_the_one_shape(path: str, status: int, code: 
         assert f'code="{code}"' in (await served.client.get("/metrics")).text
 
 
+async def test_what_a_face_says_of_its_error_is_passed_on() -> None:
+    """Its own words, and the headers that tell a client what to do; a fault of a parameter is marked as one."""
+    async with with_plugin() as (_, served):
+        assert problem_of(await served.client.get("/v1/lost/x"))["detail"] == "there is no thread x"
+        assert (await served.client.get("/v1/busy")).headers["retry-after"] == "7"
+        document = problem_of(await served.client.get("/v1/echo/ab?times=x"))
+        assert (document["errors"][0]["pointer"], document["error"]["param"]) == ("?times", "times")
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        (b'{"a":NaN}', 400, "malformed_json"),
+        (b'{"a":1,"a":2}', 400, "malformed_json"),
+        (b'{"a":"\\ud800"}', 400, "malformed_json"),
+        (b"{bad", 400, "malformed_json"),
+        (b'{"a":' * 500 + b"1" + b"}" * 500, 400, "nesting_too_deep"),
+        (b'{"a":' * 10_000, 400, "nesting_too_deep"),
+        (b"[" + b"1," * 30_000 + b"1]", 413, "too_large"),
+        (b'{"a":"' + b"x" * 70_000 + b'"}', 413, "too_large"),
+        (b'{"a":"x"}', 422, "validation"),
+    ],
+    ids=lambda value: repr(value)[:24],
+)
+async def test_bodies_of_faces_pass_the_same_gate(body: bytes, status: int, code: str) -> None:
+    """The limits are the server's, whoever declares the route; middlewares see the refusal as clients do."""
+    async with with_plugin(max_body_bytes=65_536, max_json_nodes=1_000) as (_, served):
+        response = await served.client.post("/v1/sum", content=body, headers={"content-type": "application/json"})
+        document = problem_of(response)
+        assert (document["status"], document["error"]["code"]) == (status, code)
+        assert response.headers.get_list("x-tag") == ["inner", "outer"]
+        response = await served.client.post("/v1/sum", json={"a": 1, "b": 2})
+        assert response.json() == 3
+
+
+@pytest.mark.parametrize("framing", [b"content-length: 70000\r\n\r\n", b"transfer-encoding: chunked\r\n\r\n"])
+async def test_body_that_a_face_reads_is_limited_in_size(framing: bytes) -> None:
+    """Also one that is not JSON, and whether its length is declared or not."""
+    async with with_plugin(max_body_bytes=65_536) as (_, served):
+        client = await served.connect()
+        await client.send(b"POST /v1/size HTTP/1.1\r\nhost: localhost\r\n" + framing)
+        await client.send(b"11170\r\n" + b"x" * 70_000 + b"\r\n0\r\n\r\n")
+        assert (await client.response())[0] == 413
+        assert (await served.client.post("/v1/size", content=b"x" * 65_536)).json() == 65_536
+
+
+async def test_body_that_a_face_waits_for_is_limited_in_time() -> None:
+    """A client that never sends it would hold the connection for ever."""
+    async with with_plugin(body_timeout_seconds=0.2) as (_, served):
+        client = await served.connect()
+        await client.send(b"POST /v1/size HTTP/1.1\r\nhost: localhost\r\ncontent-length: 5\r\n\r\nab")
+        assert (await client.response())[0] == 408
+
+
+@pytest.mark.parametrize("headers", [{}, {"content-length": "0"}])
+async def test_face_may_ask_late_whether_there_is_a_body(headers: dict[str, str]) -> None:
+    """Watching for a client that leaves must not take what the face has not read yet."""
+    async with with_plugin() as (_, served):
+        assert (await served.client.get("/v1/late", headers=headers, timeout=5)).json() == 0
+
+
 async def test_wrong_method_on_a_face_names_the_right_one() -> None:
     """RFC 9110 section 15.5.6."""
     async with with_plugin() as (_, served):
@@ -164,11 +257,16 @@ async def test_wrong_method_on_a_face_names_the_right_one() -> None:
         assert response.headers["allow"] == "GET"
 
 
-async def test_client_that_leaves_a_face_stops_its_work() -> None:
-    """The promise holds for all routes, not for ours alone."""
+@pytest.mark.parametrize("request_line", ["POST /v1/slow", "POST /v1/idle"])
+async def test_client_that_leaves_a_face_stops_its_work(request_line: str) -> None:
+    """The promise holds for all routes, not for ours alone, and for a body that nobody reads as it is empty."""
     async with with_plugin() as (plugin, served):
         client = await served.connect()
-        await client.post("/v1/slow", {})
+        await client.send(f"{request_line} HTTP/1.1\r\nhost: localhost\r\n".encode())
+        if "slow" in request_line:
+            await client.send(b"content-type: application/json\r\ncontent-length: 2\r\n\r\n{}")
+        else:
+            await client.send(b"content-length: 0\r\n\r\n")
         await plugin.entered.wait()
         client.abort()
         async with asyncio.timeout(10):

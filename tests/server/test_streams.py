@@ -116,6 +116,13 @@ async def test_late_error_is_a_typed_event_and_a_clean_end(served: Serving) -> N
     assert document["error"]["code"] == "engine_restarted"
 
 
+async def test_late_exit_of_a_provider_is_an_event_too(served: Serving) -> None:
+    """A provider that wants to end the process ends its stream, in the way that all failures do."""
+    served.stub.failure, served.stub.fail_at = SystemExit(3), 2
+    response = await served.client.post(CHAT_PATH, json=STREAM)
+    check_problem(json.loads(response.text.partition("event: error\ndata: ")[2]), 500)
+
+
 async def test_late_error_of_a_stream_of_lines_is_its_last_line(served: Serving) -> None:
     """The same, for clients that asked for lines."""
     served.stub.failure, served.stub.fail_at = EngineRestartedError("the engine restarts"), 2
