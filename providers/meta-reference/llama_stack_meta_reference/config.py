@@ -30,14 +30,20 @@ class ModelConfig(Config):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """The type of weights and cache; ``auto`` is bfloat16 on a GPU that has it and float32 on a CPU."""
     context_tokens: int | None = Field(default=None, ge=2)
-    """The most tokens that prompt and answer may have together; by default the model's own limit, or as many as fit
-    the memory beside the weights."""
-    max_sequences: int = Field(default=8, ge=1, le=1024)
-    """How many sequences are generated at a time; each has cache for a whole context."""
+    """The most tokens that prompt and answer may have together; by default the model's own limit, or as many as the
+    cache holds."""
+    cache_tokens: int | None = Field(default=None, ge=2)
+    """How many tokens all sequences and what is kept for reuse have together; at least one context. By default a whole
+    context for each of ``max_sequences``, or what fits the memory beside the weights."""
+    max_sequences: int = Field(default=32, ge=1, le=1024)
+    """How many sequences are generated at a time, as long as the cache has room for them."""
     queue_size: int = Field(default=256, ge=1, le=100_000)
     """How many requests may wait for a place; one more is refused with 503."""
     prefill_tokens: int = Field(default=512, ge=1, le=65_536)
-    """How many prompt tokens are read in one step; between two steps every running answer gains a token."""
+    """How many tokens one step reads, prompts and running answers together; between two steps every running answer
+    gains a token."""
+    prefix_reuse: bool = True
+    """Whether a prompt that begins as an earlier one did takes its beginning from the cache."""
 
     @field_validator("checkpoint")
     @classmethod
@@ -49,6 +55,17 @@ class ModelConfig(Config):
                 f"shipped: {listed(BUILTIN_CHECKPOINTS)}{nearest(name, BUILTIN_CHECKPOINTS)}"
             )
         return value
+
+    @field_validator("cache_tokens")
+    @classmethod
+    def _check_cache(cls, cache_tokens: int | None, info: ValidationInfo) -> int | None:
+        context_tokens = info.data.get("context_tokens")
+        if cache_tokens is not None and context_tokens is not None and cache_tokens < context_tokens:
+            raise ValueError(
+                f"a cache of {cache_tokens} tokens does not hold one context of {context_tokens}; "
+                f"set at least {context_tokens}, or less context_tokens"
+            )
+        return cache_tokens
 
     @property
     def folder(self) -> Path:

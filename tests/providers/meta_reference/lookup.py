@@ -11,6 +11,8 @@ from itertools import pairwise
 
 import torch
 from llama_stack_meta_reference.inference.engine import Engine
+from llama_stack_meta_reference.inference.kv_cache import blocks_for
+from llama_stack_meta_reference.inference.runner import TorchRunner
 from llama_stack_meta_reference.llama.config import LlamaConfig
 from llama_stack_meta_reference.llama.model import Llama
 from llama_stack_meta_reference.llama.tokenizer import SpecialToken, Tokenizer, special_token_names
@@ -74,17 +76,21 @@ def new_engine(
     tokenizer: Tokenizer,
     *,
     context: int | None = None,
+    blocks: int | None = None,
     max_sequences: int = 4,
     queue_size: int = 256,
     prefill_tokens: int = 512,
 ) -> Engine:
-    """An engine with 4 slots of the model's whole context, unless told otherwise."""
+    """An engine for 4 sequences of the model's whole context, unless told otherwise."""
+    context = context or model.config.max_context
+    blocks = blocks or max_sequences * blocks_for(context)
     return Engine(
-        model,
-        context=context or model.config.max_context,
-        max_sequences=max_sequences,
-        stop_ids=tokenizer.stop_ids,
+        TorchRunner(model, blocks=blocks),
+        blocks=blocks,
+        context=context,
         vocabulary=min(tokenizer.vocab_size, model.config.vocab_size),
+        stop_ids=tokenizer.stop_ids,
+        max_sequences=max_sequences,
         queue_size=queue_size,
         prefill_tokens=prefill_tokens,
     )

@@ -33,6 +33,10 @@ def test_a_model_needs_no_more_than_its_checkpoint() -> None:
         ({"models": {"m": {"checkpoint": "x", "dtype": "int4"}}}, "'auto', 'float32', 'bfloat16' or 'float16'"),
         ({"models": {"m": {"checkpoint": "x", "context_tokens": 1}}}, "greater than or equal to 2"),
         ({"models": {"m": {"checkpoint": "x", "max_sequences": 0}}}, "greater than or equal to 1"),
+        (
+            {"models": {"m": {"checkpoint": "x", "context_tokens": 100, "cache_tokens": 99}}},
+            "a cache of 99 tokens does not hold one context of 100; set at least 100",
+        ),
         ({"models": {"m": {"checkpoint": "x", "quantize": True}}}, "Extra inputs are not permitted"),
         ({"models": {"": {"checkpoint": "x"}}}, "at least 1 character"),
     ],

@@ -1,11 +1,11 @@
 """The loop that owns one model: requests come in through a bounded line and leave as streams of tokens.
 
-One thread runs the network and nothing else touches it. Each turn of the loop frees the slots of whoever cancelled,
-admits who is next, runs one step for all (``scheduler``), picks the tokens (``sampler``) and hands them to the event
+One thread calls the runner and nothing else touches it. Each turn of the loop frees the blocks of whoever cancelled,
+plans a step for all (``scheduler``), runs it (``runner``), picks the tokens (``sampler``) and hands them to the event
 loops that wait for them, once a step. With nothing to do it sleeps.
 
-A step that fails takes down the requests in flight, with ``EngineRestartedError``, and nobody else: the cache is made
-anew, for what a broken step left in it could reach other sequences, and the loop goes on.
+A step that fails takes down the requests in flight, with ``EngineRestartedError``, and nobody else: the cache is
+blanked, for what a broken step left in it could reach other sequences, and the loop goes on.
 """
 
 from __future__ import annotations
@@ -14,21 +14,18 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from llama_stack.apis.common import SamplingParams, StopReason
 from llama_stack.errors import DrainingError, EngineRestartedError, OverloadedError, StackError
 
-from ..llama.model import Llama
-from .kv_cache import KVCache
+from .kv_cache import BlockPool, blocks_for
+from .runner import Runner
 from .sampler import SampledToken, Sampler, sample
-from .scheduler import Scheduler, Sequence, Step
+from .scheduler import NOT_FINITE, End, Scheduler, Sequence, Step
 
 logger = logging.getLogger("llama_stack.meta_reference.engine")
 
@@ -93,43 +90,49 @@ class Ticket:
 
 
 class Engine:
-    """Runs generations on one model, many at a time. ``start`` it once; ``stop`` ends its thread.
+    """Runs generations on one model, many at a time. ``start`` it once; ``stop`` ends its thread and the runner.
 
-    The cache is taken when the engine is made. ``stop_ids`` end a generation; tokens from ``vocabulary`` on, which a
-    padded network has and its tokenizer has not, are never picked.
+    ``blocks`` says how many blocks the runner's cache has; they hold at least one ``context``. ``stop_ids`` end a
+    generation; tokens from ``vocabulary`` on, which a padded network has and its tokenizer has not, are never picked.
     """
 
     def __init__(
         self,
-        model: Llama,
+        runner: Runner,
         *,
+        blocks: int,
         context: int,
-        max_sequences: int,
+        vocabulary: int,
         stop_ids: frozenset[int],
-        vocabulary: int | None = None,
+        max_sequences: int = 32,
         queue_size: int = 256,
         prefill_tokens: int = 512,
+        prefix_reuse: bool = True,
         name: str = "model",
     ) -> None:
+        if blocks < blocks_for(context, runner.block_tokens):
+            raise ValueError(f"{blocks} blocks of {runner.block_tokens} tokens do not hold a context of {context}")
         self.context = context
         self.name = name
         self.steps = 0
         """How many steps have been run, counting those that failed."""
-        self._model: Llama | None = model
-        self._vocabulary = vocabulary or model.config.vocab_size
+        self._runner = runner
+        self._vocabulary = vocabulary
         self._stop_ids = stop_ids
-        weight = model.tok_embeddings.weight
-        self._device = weight.device
-        self._new_cache = partial(
-            KVCache, model.config, slots=max_sequences, context=context, device=weight.device, dtype=weight.dtype
+        self._pool = BlockPool(blocks, runner.block_tokens)
+        self._scheduler = Scheduler(
+            self._pool,
+            max_sequences=max_sequences,
+            queue_size=queue_size,
+            prefill_tokens=prefill_tokens,
+            prefix_reuse=prefix_reuse,
         )
-        self._cache: KVCache | None = self._new_cache()
-        self._scheduler = Scheduler(slots=max_sequences, queue_size=queue_size, prefill_tokens=prefill_tokens)
         self._tickets: dict[Sequence, Ticket] = {}
         self._outbox: dict[asyncio.AbstractEventLoop, list[tuple[Ticket, SampledToken | StopReason | StackError]]] = {}
         self._lock = threading.Condition()  # guards the scheduler, the tickets and the flags below
         self._has_cancelled = False
         self._is_stopping = False
+        self._is_clean = True  # whether the cache can be used
         self._thread = threading.Thread(target=self._run, name=f"engine {name}", daemon=True)
 
     @property
@@ -139,21 +142,26 @@ class Engine:
 
     @property
     def running(self) -> int:
-        """How many sequences hold a cache slot."""
+        """How many sequences hold cache blocks."""
         with self._lock:
             return len(self._scheduler.running)
 
     @property
     def waiting(self) -> int:
-        """How many requests wait for a slot."""
+        """How many requests wait for a place."""
         with self._lock:
             return self._scheduler.waiting
 
     @property
-    def free_slots(self) -> int:
-        """How many more sequences could run at once."""
+    def blocks(self) -> int:
+        """How many blocks the cache has."""
+        return self._pool.blocks
+
+    @property
+    def free_blocks(self) -> int:
+        """How many of them no sequence holds; some of these may still serve those that begin alike."""
         with self._lock:
-            return self._cache.free if self._cache else self._scheduler.slots
+            return self._pool.free
 
     def start(self) -> None:
         """Start the thread."""
@@ -166,9 +174,7 @@ class Engine:
             self._lock.notify()
         if self._thread.ident is not None:
             await asyncio.to_thread(self._thread.join)
-        self._model = self._cache = None
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._runner.close()
 
     def submit(self, request: list[Generation]) -> list[Ticket]:
         """Put one request, of one generation or a batch of them, in line; return a ticket for each generation.
@@ -196,12 +202,14 @@ class Engine:
         return tickets
 
     def _sequence(self, generation: Generation) -> Sequence:
-        room = self.context - len(generation.prompt)
-        assert 0 < len(generation.prompt) < self.context, "the caller refuses prompts that do not fit"
+        prompt_tokens = len(generation.prompt)
+        room = self.context - prompt_tokens
+        assert 0 < prompt_tokens < self.context, "the caller refuses prompts that do not fit"
         return Sequence(
-            prompt=generation.prompt,
-            limit=min(generation.max_tokens or room, room),
+            tokens=list(generation.prompt),
+            limit=prompt_tokens + min(generation.max_tokens or room, room),
             sampler=Sampler(generation.sampling),
+            stop_ids=self._stop_ids,
             wants_logprobs=generation.logprobs,
         )
 
@@ -230,79 +238,47 @@ class Engine:
         self._deliver()
 
     def _turn(self) -> None:
-        if self._cache is None:
-            self._cache = self._new_cache()
+        if not self._is_clean:
+            self._runner.reset()
+            self._is_clean = True
         with self._lock:
-            dropped: list[Sequence] = []
             if self._has_cancelled:
                 self._has_cancelled = False
-                dropped = self._scheduler.drop_cancelled()
+                self._scheduler.drop_cancelled()
                 self._tickets = {s: ticket for s, ticket in self._tickets.items() if not s.is_cancelled}
-        self._release(dropped)
-        with self._lock:
-            self._scheduler.admit(self._cache.free, self._cache.allocate)
             step = self._scheduler.plan()
-        if not step.prefill and not step.decode:
+        if not step.parts:
             return
         self.steps += 1
         with torch.inference_mode():
-            logits_RV = self._forward(step, self._cache)
-            sampled = step.sampled
-            for sequence, count in step.prefill:
-                sequence.read += count
-            if logits_RV is None:
-                return
-            picked = sample(logits_RV, [s.sampler for s in sampled], [s.wants_logprobs for s in sampled])
+            logits_RV = self._runner.run(step.batch)
+            picked: list[SampledToken | None] = []
+            if step.batch.sampled:
+                rows = [part.sequence for part in step.parts for _ in range(part.sampled)]
+                wants_logprobs = [sequence.wants_logprobs for sequence in rows]
+                picked = sample(logits_RV[:, : self._vocabulary], [s.sampler for s in rows], wants_logprobs)
         with self._lock:
-            ended = [s for s, token in zip(sampled, picked, strict=True) if self._take(s, token)]
-        self._release(ended)
+            self._settle(step, picked)
 
-    def _release(self, sequences: Iterable[Sequence]) -> None:
-        """Free the slots of sequences that run no more. Not under the lock: blanking a large slot takes a while."""
-        assert self._cache is not None
-        for sequence in sequences:
-            self._cache.release(sequence.slot)
+    def _settle(self, step: Step, picked: list[SampledToken | None]) -> None:
+        """Enter the picked tokens and pass them on. Under the lock."""
+        row = 0
+        for part in step.parts:
+            sequence = part.sequence
+            rows, row = picked[row : row + part.sampled], row + part.sampled
+            length = len(sequence.tokens)
+            end = self._scheduler.settle(part, [NOT_FINITE if token is None else token.token for token in rows])
+            for token in rows[: len(sequence.tokens) - length]:
+                assert token is not None
+                self._post(sequence, token)
+            if end is not None:
+                self._end(sequence, self._last_word(end))
 
-    def _forward(self, step: Step, cache: KVCache) -> Tensor | None:
-        """Run the step's tokens through the network; return (R, V) logits for ``step.sampled``."""
-        assert self._model is not None
-        hidden: list[Tensor] = []
-        if step.prefill:
-            chunks = [torch.tensor(s.prompt[s.read : s.read + count]) for s, count in step.prefill]
-            counts = [count for _, count in step.prefill]
-            tokens_BT = pad_sequence(chunks, batch_first=True).to(self._device)
-            with cache.step([sequence.slot for sequence, _ in step.prefill], counts) as view:
-                hidden_BTD = self._model.hidden(tokens_BT, view)
-            finishing = [
-                (row, count - 1) for row, (s, count) in enumerate(step.prefill) if s.read + count == len(s.prompt)
-            ]
-            if finishing:
-                row_R, last_R = torch.tensor(finishing, device=self._device).T
-                hidden.append(hidden_BTD[row_R, last_R])
-        if step.decode:
-            tokens_BT = torch.tensor([[sequence.last_token] for sequence in step.decode], device=self._device)
-            with cache.step([sequence.slot for sequence in step.decode], [1] * len(step.decode)) as view:
-                hidden.append(self._model.hidden(tokens_BT, view)[:, 0])
-        if not hidden:
-            return None
-        return self._model.logits(torch.cat(hidden))[:, : self._vocabulary]
-
-    def _take(self, sequence: Sequence, picked: SampledToken | None) -> bool:
-        """Pass a token on; return whether the sequence has ended. Under the lock."""
-        if picked is None:
+    def _last_word(self, end: End) -> StopReason | StackError:
+        if end is End.NOT_FINITE:
             logger.error("the network of %r gave logits that are not finite", self.name)
-            self._end(sequence, EngineRestartedError(f"the network of {self.name!r} gave no finite logits"))
-            return True
-        if picked.token in self._stop_ids:
-            self._end(sequence, StopReason.FINISHED_OK)
-            return True
-        sequence.generated += 1
-        sequence.last_token = picked.token
-        self._post(sequence, picked)
-        if sequence.generated == sequence.limit:
-            self._end(sequence, StopReason.MAX_TOKENS)
-            return True
-        return False
+            return EngineRestartedError(f"the network of {self.name!r} gave no finite logits")
+        return StopReason.FINISHED_OK if end is End.STOP_TOKEN else StopReason.MAX_TOKENS
 
     def _end(self, sequence: Sequence, last: StopReason | StackError) -> None:
         """Post the last item of a sequence, running or waiting, and forget it. Under the lock."""
@@ -317,14 +293,15 @@ class Engine:
             self._outbox.setdefault(ticket.loop, []).append((ticket, item))
 
     def _recover(self) -> None:
-        """Fail what was in flight and drop the cache; where not even a cache could be made, fail all that wait too."""
+        """Fail what was in flight and blank the cache; where that fails too, fail all that wait as well."""
         with self._lock:
             failed = list(self._scheduler.running)
-            if self._cache is None:
+            if not self._is_clean:
                 failed += self._scheduler.drop_waiting()
-            self._cache = None
+            self._is_clean = False
             for sequence in failed:
                 self._end(sequence, EngineRestartedError(f"a step of the engine of {self.name!r} failed"))
+            self._pool.clear()
 
     def _deliver(self) -> None:
         """Hand each event loop what this step made for it, in one call."""

@@ -1,24 +1,28 @@
-"""Where the keys and values of running sequences live.
+"""Which blocks hold whose keys and values: the books of a paged cache (Kwon et al. 2023, arXiv:2309.06180).
 
-First form: a fixed number of slots, each with contiguous space for one whole context, preallocated, so that memory is
-known before the first request. A slot belongs to one sequence from ``allocate`` to ``release``. The network sees only a
-view of one step (``llama.model.CacheView``), so another layout, paged for one, can take this one's place without
-touching it.
+The memory is cut into blocks of a few tokens. A sequence owns a table of blocks, in the order of its positions, and
+sequences that begin alike share the blocks of what they have in common. Here are numbers only; the tensors are the
+runner's (``inference.runner``).
 
-The cache is owned by one thread and does no locking. Shape suffixes as in llama/model.py, and N for the new tokens of
-all rows together.
+A block is in one of three states: held by one or more sequences; cached, held by nobody and still good for whoever
+comes with the same beginning; or blank. The last two are free, and of the cached ones those go first that have been
+left alone the longest. Owned by one thread at a time; no locking.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from ..llama.config import LlamaConfig
+
+BLOCK_TOKENS = 16
+"""Tokens of a block: fewer waste less of each sequence's last one, more make tables shorter."""
+
+# What a block's contents follow from: the adapter's name or the serial of the block before it, and its own tokens. The
+# tokens themselves are part of the key, so that equal hashes never pass for equal texts.
+_Key = tuple[str | int, tuple[int, ...]]
 
 
 def cache_bytes(config: LlamaConfig, tokens: int, dtype: torch.dtype) -> int:
@@ -26,132 +30,125 @@ def cache_bytes(config: LlamaConfig, tokens: int, dtype: torch.dtype) -> int:
     return 2 * config.n_layers * config.n_kv_heads * config.head_dim * dtype.itemsize * tokens
 
 
-class KVCache:
-    """``slots`` sequences of up to ``context`` tokens each; takes ``cache_bytes(config, slots * context, dtype)`` at
-    once.
+def blocks_for(tokens: int, block_tokens: int = BLOCK_TOKENS) -> int:
+    """Return how many blocks hold ``tokens`` tokens."""
+    return -(-tokens // block_tokens)
 
-    Usage, under ``torch.inference_mode()``::
 
-        slot = cache.allocate()
-        with cache.step([slot], [len(prompt)]) as view:
-            logits_BTV = model(prompt_BT, view)
-        cache.release(slot)
-    """
+class BlockPool:
+    """The blocks of one cache and the index of what the full ones hold."""
 
-    def __init__(
-        self, config: LlamaConfig, *, slots: int, context: int, device: torch.device | str, dtype: torch.dtype
-    ) -> None:
-        if slots < 1 or not 1 <= context <= config.max_context:
-            raise ValueError(
-                f"a cache needs at least 1 slot and a context from 1 to {config.max_context} tokens; "
-                f"asked for {slots} slots of {context}"
-            )
-        self.slots = slots
-        self.context = context
-        self.device = torch.device(device)
-        shape = (config.n_layers, slots, config.n_kv_heads, context, config.head_dim)
-        # Not inference tensors even when made under inference_mode: those could not be written to outside of it.
-        with torch.inference_mode(False):
-            self._keys = torch.zeros(shape, device=device, dtype=dtype)
-            self._values = torch.zeros(shape, device=device, dtype=dtype)
-        self._lengths: dict[int, int] = {}
-        self._free = list(range(slots))
+    def __init__(self, blocks: int, block_tokens: int = BLOCK_TOKENS) -> None:
+        if blocks < 1 or block_tokens < 1:
+            raise ValueError(f"a cache needs at least 1 block of 1 token; asked for {blocks} of {block_tokens}")
+        self.blocks = blocks
+        self.block_tokens = block_tokens
+        self._references = [0] * blocks
+        self._blank = list(range(blocks - 1, -1, -1))
+        self._cached: dict[int, None] = {}  # in the order in which they were left
+        self._index: dict[_Key, int] = {}
+        self._keys: list[_Key | None] = [None] * blocks
+        self._serials = [-1] * blocks
+        self._next_serial = 0
 
     @property
     def free(self) -> int:
-        """How many more sequences can be allocated."""
-        return len(self._free)
+        """How many blocks can be allocated: blank ones, and cached ones that nobody holds."""
+        return len(self._blank) + len(self._cached)
 
-    def allocate(self) -> int:
-        """Return an empty slot, the lowest free one, since neighbours are read without a copy. Check ``free`` first."""
-        if not self._free:
-            raise RuntimeError(f"all {self.slots} cache slots are in use")
-        slot = heapq.heappop(self._free)
-        self._lengths[slot] = 0
-        return slot
+    @property
+    def cached(self) -> int:
+        """How many blocks nobody holds that are still good for reuse."""
+        return len(self._cached)
 
-    def release(self, slot: int) -> None:
-        """Give a slot back and blank it."""
-        length = self.length(slot)
-        # Another sequence reads past its own end under a mask, and a mask multiplies by zero: an infinity left here
-        # would become NaN there.
-        self._keys[:, slot, :, :length] = 0
-        self._values[:, slot, :, :length] = 0
-        del self._lengths[slot]
-        heapq.heappush(self._free, slot)
+    def allocate(self, count: int) -> list[int]:
+        """Take ``count`` blocks that hold anything. Check ``free`` first."""
+        if count > self.free:
+            raise RuntimeError(f"{count} cache blocks asked for, {self.free} of {self.blocks} are free")
+        taken = []
+        for _ in range(count):
+            block = self._blank.pop() if self._blank else self._evict()
+            self._references[block] = 1
+            taken.append(block)
+        return taken
 
-    def length(self, slot: int) -> int:
-        """Return how many tokens a slot holds; KeyError when it is not allocated."""
-        return self._lengths[slot]
+    def match(self, tokens: Sequence[int], adapter: str = "") -> list[int]:
+        """Take the indexed blocks of the longest known beginning of ``tokens``, never all of them.
 
-    @contextmanager
-    def step(self, rows: Sequence[int], counts: Sequence[int]) -> Iterator[SlotView]:
-        """Yield the view for a forward pass that adds ``counts[i]`` tokens to slot ``rows[i]``.
-
-        The batch is (len(rows), max(counts)), each row's tokens to the left and any padding to the right; each row
-        continues at its own length. The lengths grow when the block ends; after an exception they are as before, and
-        the step can be run again. Raises ValueError when a row would outgrow the context.
+        At least the last token is left to be run, for its logits. What ``adapter`` computed is its own: another's keys
+        and values of the same text differ.
         """
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "a cache step needs torch.inference_mode() or no_grad(): gradients do not flow through the cache"
-            )
-        if not rows or len(set(rows)) != len(rows) or len(rows) != len(counts) or min(counts) < 1:
-            raise ValueError(
-                f"a step needs distinct rows, each with a count from 1 up; found rows {rows}, counts {counts}"
-            )
-        starts = [self._lengths[row] for row in rows]
-        for row, start, count in zip(rows, starts, counts, strict=True):
-            if start + count > self.context:
-                raise ValueError(f"slot {row} holds {start} of {self.context} tokens; {count} more do not fit")
-        yield SlotView(self._keys, self._values, rows, starts, counts)
-        for row, count in zip(rows, counts, strict=True):
-            self._lengths[row] += count
+        table: list[int] = []
+        parent: str | int = adapter
+        size = self.block_tokens
+        for start in range(0, len(tokens) - size, size):
+            block = self._index.get((parent, tuple(tokens[start : start + size])))
+            if block is None:
+                break
+            if not self._references[block]:
+                del self._cached[block]
+            self._references[block] += 1
+            table.append(block)
+            parent = self._serials[block]
+        return table
 
+    def index(self, table: list[int], place: int, tokens: Sequence[int], adapter: str = "") -> None:
+        """Let others find the block ``table[place]``, now that all its positions hold ``tokens``' keys and values.
 
-class SlotView:
-    """One step's view of a ``KVCache``; a ``CacheView``."""
+        Called for each block of a table in order. Where an equal block is known already, the table gets that one.
+        """
+        block = table[place]
+        parent: str | int = self._serials[table[place - 1]] if place else adapter
+        size = self.block_tokens
+        key = (parent, tuple(tokens[place * size : (place + 1) * size]))
+        known = self._index.setdefault(key, block)
+        if known == block:
+            self._keys[block] = key
+            self._serials[block] = self._next_serial
+            self._next_serial += 1
+            return
+        if not self._references[known]:
+            del self._cached[known]
+        self._references[known] += 1
+        table[place] = known
+        self._release(block)
 
-    def __init__(
-        self, keys: Tensor, values: Tensor, rows: Sequence[int], starts: Sequence[int], counts: Sequence[int]
-    ) -> None:
-        device = keys.device
-        self._keys = keys
-        self._values = values
-        self._total = max(start + count for start, count in zip(starts, counts, strict=True))
-        # All indices are made on the CPU: how many there are depends on values, for which a GPU's host would have to
-        # wait.
-        row_B, count_B, step_T = torch.tensor(rows), torch.tensor(counts), torch.arange(max(counts))
-        positions_BT = torch.tensor(starts)[:, None] + step_T
-        is_new_BT = step_T < count_B[:, None]
-        self.positions_BT = positions_BT.to(device)
-        self.mask_B1TS = self._mask(starts, counts)
-        # Neighbouring rows are a slice, read in place; others must be gathered, which copies.
-        is_slice = list(rows) == list(range(rows[0], rows[0] + len(rows)))
-        self._rows: slice | Tensor = slice(rows[0], rows[0] + len(rows)) if is_slice else row_B.to(device)
-        # Padding is not stored: at the end of the context there is no room for it.
-        self._row_N = row_B.repeat_interleave(count_B).to(device)
-        self._position_N = positions_BT[is_new_BT].to(device)
-        self._new_N: Tensor | None = None
-        if min(counts) < max(counts):
-            self._new_N = is_new_BT.flatten().nonzero()[:, 0].to(device)
+    def release(self, table: list[int]) -> None:
+        """Give the blocks of a table back and empty it; the indexed ones stay cached until their place is needed."""
+        for block in reversed(table):  # the end goes first: without its beginning nobody would find it
+            self._release(block)
+        table.clear()
 
-    def update(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one layer's new keys and values; return all of these rows, (B, G, S, K), valid until the next one."""
-        return self._stored(self._keys[layer], k_BGTK), self._stored(self._values[layer], v_BGTK)
+    def forget(self, table: Sequence[int]) -> None:
+        """Let nobody find the blocks of a table any more: what they hold is not to be trusted."""
+        for block in table:
+            self._drop_key(block)
+            if block in self._cached:
+                del self._cached[block]
+                self._blank.append(block)
 
-    def _stored(self, cached: Tensor, new_BGTK: Tensor) -> Tensor:
-        new_NGK = new_BGTK.transpose(1, 2).flatten(0, 1)
-        if self._new_N is not None:
-            new_NGK = new_NGK[self._new_N]
-        cached[self._row_N, :, self._position_N] = new_NGK
-        whole = cached[:, :, : self._total]
-        return whole[self._rows] if isinstance(self._rows, slice) else whole.index_select(0, self._rows)
+    def clear(self) -> None:
+        """Forget all that is indexed, after the memory was blanked."""
+        self.forget(range(self.blocks))
 
-    def _mask(self, starts: Sequence[int], counts: Sequence[int]) -> Tensor | None:
-        is_fresh = max(starts) == 0
-        is_even_decode = max(counts) == 1 and min(starts) == max(starts)
-        if is_fresh or is_even_decode:
-            return None
-        position_S = torch.arange(self._total, device=self.positions_BT.device)
-        return (position_S <= self.positions_BT[..., None])[:, None]
+    def _release(self, block: int) -> None:
+        assert self._references[block] > 0, "a block was given back twice"
+        self._references[block] -= 1
+        if self._references[block]:
+            return
+        if self._keys[block] is None:
+            self._blank.append(block)
+        else:
+            self._cached[block] = None
+
+    def _evict(self) -> int:
+        block = next(iter(self._cached))
+        del self._cached[block]
+        self._drop_key(block)
+        return block
+
+    def _drop_key(self, block: int) -> None:
+        key = self._keys[block]
+        if key is not None:
+            del self._index[key]
+            self._keys[block] = None

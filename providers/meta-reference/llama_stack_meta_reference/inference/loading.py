@@ -19,10 +19,11 @@ from ..llama.checkpoint import Checkpoint, load_model, open_checkpoint
 from ..llama.tokenizer import Tokenizer, load_tokenizer
 from .engine import Engine
 from .memory_plan import MemoryPlan, available_memory, memory_plan
+from .runner import make_runner
 
 logger = logging.getLogger("llama_stack.meta_reference.loading")
 
-# How much of the free memory weights and cache may take when the configuration does not fix the context: a step needs
+# How much of the free memory weights and cache may take when the configuration does not fix them: a step needs
 # some, and a CPU's memory is not ours alone.
 _SHARE = {"cuda": 0.9, "cpu": 0.5}
 
@@ -64,13 +65,15 @@ def load(name: str, config: ModelConfig) -> LoadedModel:
     opened = monotonic()
     model = load_model(checkpoint, device=device, dtype=dtype)
     engine = Engine(
-        model,
+        make_runner(model, blocks=plan.blocks),
+        blocks=plan.blocks,
         context=plan.context,
-        max_sequences=config.max_sequences,
-        stop_ids=tokenizer.stop_ids | frozenset(checkpoint.eos_ids),
         vocabulary=tokenizer.vocab_size,
+        stop_ids=tokenizer.stop_ids | frozenset(checkpoint.eos_ids),
+        max_sequences=config.max_sequences,
         queue_size=config.queue_size,
         prefill_tokens=config.prefill_tokens,
+        prefix_reuse=config.prefix_reuse,
         name=name,
     )
     loaded = monotonic()
@@ -115,28 +118,31 @@ def _dtype(asked: str, device: torch.device) -> torch.dtype:
 def _plan(
     name: str, config: ModelConfig, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
 ) -> MemoryPlan:
-    """The memory plan of the model with its context settled."""
-    network, sequences = checkpoint.config, config.max_sequences
-    available = available_memory(device)
-    if config.context_tokens is None:
-        share = int(available * _SHARE[device.type])
-        context = memory_plan(network, dtype, device, 2, sequences, available_bytes=share).longest_context
-    else:
-        context = config.context_tokens
-        if context > network.max_context:
-            raise SetupError(
-                f"model {name!r}: context_tokens is {context}, and the checkpoint was made for "
-                f"{network.max_context} at most"
-            )
-    plan = memory_plan(network, dtype, device, max(context, 2), sequences, available_bytes=available)
-    if context < 2 or not plan.fits:
+    """The memory plan of the model with cache and context settled."""
+    network = checkpoint.config
+    if config.context_tokens is not None and config.context_tokens > network.max_context:
         raise SetupError(
-            f"model {name!r} does not fit the memory: {plan}; set less context_tokens or max_sequences, a smaller "
+            f"model {name!r}: context_tokens is {config.context_tokens}, and the checkpoint was made for "
+            f"{network.max_context} at most"
+        )
+    plan = memory_plan(
+        network,
+        dtype,
+        device,
+        available_bytes=available_memory(device),
+        share=_SHARE[device.type],
+        max_sequences=config.max_sequences,
+        context_tokens=config.context_tokens,
+        cache_tokens=config.cache_tokens,
+    )
+    if not plan.fits:
+        raise SetupError(
+            f"model {name!r} does not fit the memory: {plan}; set less context_tokens or cache_tokens, a smaller "
             "dtype, or another device"
         )
-    if context < network.max_context and config.context_tokens is None:
+    if plan.context < network.max_context and config.context_tokens is None:
         logger.warning(
-            "model %r: the context is %d of the %d tokens that it was made for; more for %d sequences does not fit",
-            name, context, network.max_context, sequences,
+            "model %r: the context is %d of the %d tokens that it was made for; more do not fit the cache",
+            name, plan.context, network.max_context,
         )  # fmt: skip
     return plan

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..llama.config import LlamaConfig
-from .kv_cache import cache_bytes
+from .kv_cache import BLOCK_TOKENS, blocks_for, cache_bytes
 
 _MEMINFO = Path("/proc/meminfo")
 # Files of a container's limit and use, and the line of its memory.stat with what can be reclaimed: cgroup v2, then v1.
@@ -27,17 +27,23 @@ class MemoryPlan:
     weight_bytes: int
     cache_bytes_per_token: int
     context: int
-    """Tokens of each sequence that the plan is for."""
-    sequences: int
+    """The most tokens of one sequence."""
+    blocks: int
+    """How many blocks the cache has; all sequences share them."""
     available_bytes: int
     """What was free on the device when the plan was made."""
     longest_context: int
-    """The most tokens a sequence could have with all ``sequences`` in memory, up to the model's limit; 0 if none."""
+    """The most tokens that one sequence could have with a cache of all that is free, up to the model's limit."""
+
+    @property
+    def cache_tokens(self) -> int:
+        """How many tokens all sequences have together."""
+        return self.blocks * BLOCK_TOKENS
 
     @property
     def cache_bytes(self) -> int:
-        """The whole cache: every sequence at its full context."""
-        return self.cache_bytes_per_token * self.context * self.sequences
+        """The whole cache."""
+        return self.cache_bytes_per_token * self.cache_tokens
 
     @property
     def total_bytes(self) -> int:
@@ -46,15 +52,15 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether weights and cache are within what was free."""
-        return self.total_bytes <= self.available_bytes
+        """Whether weights and cache are within what was free, and the cache holds a whole context."""
+        return self.total_bytes <= self.available_bytes and 0 < self.context <= self.cache_tokens
 
     def __str__(self) -> str:
         return (
             f"{self.device}: weights {_size(self.weight_bytes)} + cache {_size(self.cache_bytes)} "
-            f"({self.sequences} x {self.context} tokens of {_size(self.cache_bytes_per_token)}) = "
+            f"({self.cache_tokens} tokens of {_size(self.cache_bytes_per_token)}) = "
             f"{_size(self.total_bytes)} of {_size(self.available_bytes)} free; "
-            f"longest context for {self.sequences} at once: {self.longest_context} tokens"
+            f"context {self.context} tokens, longest that fits: {self.longest_context}"
         )
 
 
@@ -62,24 +68,40 @@ def memory_plan(
     config: LlamaConfig,
     dtype: torch.dtype,
     device: torch.device | str,
-    context: int,
-    sequences: int,
     *,
-    available_bytes: int | None = None,
+    available_bytes: int,
+    share: float = 1.0,
+    max_sequences: int = 1,
+    context_tokens: int | None = None,
+    cache_tokens: int | None = None,
 ) -> MemoryPlan:
-    """Plan ``sequences`` sequences of ``context`` tokens; free bytes are asked of the device unless given."""
-    available = available_memory(device) if available_bytes is None else available_bytes
+    """Plan the cache beside the weights.
+
+    With ``cache_tokens`` it holds at least so many. Else it has ``max_sequences`` contexts, or as many whole blocks as
+    are within ``share`` of what is available, but never less than one ``context_tokens``. The context is
+    ``context_tokens``, else the model's own or the whole cache, if that is less.
+    """
     weight_bytes = config.parameter_count * dtype.itemsize
     bytes_per_token = cache_bytes(config, 1, dtype)
-    fitting = max(0, available - weight_bytes) // (bytes_per_token * sequences)
+
+    def fitting(available: int) -> int:
+        return max(0, available - weight_bytes) // (bytes_per_token * BLOCK_TOKENS)
+
+    wanted = context_tokens or config.max_context
+    if cache_tokens is not None:
+        blocks = blocks_for(cache_tokens)
+    else:
+        blocks = min(max_sequences * blocks_for(wanted), fitting(int(available_bytes * share)))
+        if context_tokens is not None:
+            blocks = max(blocks, blocks_for(context_tokens))
     return MemoryPlan(
         device=str(device),
         weight_bytes=weight_bytes,
         cache_bytes_per_token=bytes_per_token,
-        context=context,
-        sequences=sequences,
-        available_bytes=available,
-        longest_context=min(fitting, config.max_context),
+        context=context_tokens or min(wanted, blocks * BLOCK_TOKENS),
+        blocks=blocks,
+        available_bytes=available_bytes,
+        longest_context=min(fitting(available_bytes) * BLOCK_TOKENS, config.max_context),
     )
 
 

@@ -221,7 +221,7 @@ def _described(name: str, model: LoadedModel) -> ServedModel:
             "parameters": config.parameter_count,
             "weight_bytes": model.plan.weight_bytes,
             "cache_bytes": model.plan.cache_bytes,
-            "max_sequences": model.plan.sequences,
+            "cache_tokens": model.plan.cache_tokens,
             "trained_context_tokens": config.max_context,
         },
     )

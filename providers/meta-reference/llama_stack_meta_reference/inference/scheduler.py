@@ -1,8 +1,14 @@
-"""Who runs next: which sequences hold a cache slot, and what each step of the network works on.
+"""Who runs next: which sequences hold cache blocks, and what each step of the network works on.
 
 Requests wait in a bounded line and are served in turn, one sequence each, so that a batch of a thousand does not hold
-up whoever comes after it. In each step some of the prompts that are not read yet advance by a chunk, and every sequence
-whose prompt is read gains a token: a long prompt never stalls the others for longer than one chunk.
+up whoever comes after it. A step has a budget of tokens: every sequence whose text is read gains a token, and chunks of
+prompts fill what is left, so that a long prompt stalls the others for no longer than one chunk (Agrawal et al. 2023,
+Sarathi, arXiv:2308.16369).
+
+Running sequences are kept in the order of their admission. When the cache has no block left for one that needs it, the
+youngest gives way: its blocks are freed and it goes to the head of the line, to be read again with what it has
+generated so far. Nobody is admitted before the head of the line is, so the oldest always gets on, and everyone becomes
+the oldest.
 
 Plain bookkeeping without threads or tensors: the engine calls it, under its lock where two threads might.
 """
@@ -10,61 +16,114 @@ Plain bookkeeping without threads or tensors: the engine calls it, under its loc
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from enum import Enum, auto
 
+from .kv_cache import BlockPool, blocks_for
+from .runner import Batch
 from .sampler import Sampler
+
+NOT_FINITE = -1
+"""Stands in place of a token where the logits were not finite."""
+
+
+class End(Enum):
+    """Why a sequence has ended."""
+
+    STOP_TOKEN = auto()
+    LIMIT = auto()
+    """It has all the tokens that it may have."""
+    NOT_FINITE = auto()
+    """Its logits were not finite."""
 
 
 @dataclass(eq=False, slots=True)
 class Sequence:
     """One prompt and what has been generated after it."""
 
-    prompt: list[int]
+    tokens: list[int]
+    """The prompt, then what was generated; grows."""
     limit: int
-    """The most tokens to generate; prompt and limit fit the context together."""
+    """The most tokens that the prompt and the answer may have together; they fit the context."""
     sampler: Sampler
+    stop_ids: frozenset[int] = frozenset()
+    """The tokens that end it; such a token is no part of ``tokens``."""
     wants_logprobs: bool = False
-    slot: int = -1
-    """Its cache slot while it runs."""
+    adapter: str = ""
+    """What it runs through besides the base model; cached blocks are shared with the same one only."""
+    table: list[int] = field(default_factory=list)
+    """Its cache blocks while it runs."""
     read: int = 0
-    """How many prompt tokens are in the cache."""
-    generated: int = 0
-    last_token: int = -1
+    """How many of ``tokens`` are in the cache."""
+    reused: int = 0
+    """How many of them were there when it was admitted."""
     is_cancelled: bool = False
     """Set from any thread; seen before the next step."""
+    indexed: int = 0
+    """How many of its blocks others can find."""
+    served: int = 0
+    """The number of the step in which it last read a chunk."""
+
+    @property
+    def unread(self) -> int:
+        """How many tokens are still to be run before the next one can be picked; 1 between two tokens."""
+        return len(self.tokens) - self.read
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
+class Part:
+    """What one sequence does in a step."""
+
+    sequence: Sequence
+    count: int
+    """How many tokens it runs."""
+    sampled: int
+    """After how many of them, the last ones, a token is picked: 0 in the middle of a prompt."""
+
+
+@dataclass(slots=True)
 class Step:
     """The work of one step."""
 
-    prefill: list[tuple[Sequence, int]] = field(default_factory=list)
-    """Sequences that read on in their prompts, and how many tokens."""
-    decode: list[Sequence] = field(default_factory=list)
-    """Sequences whose last token is to be followed by another."""
+    parts: list[Part] = field(default_factory=list)
+    batch: Batch = field(default_factory=Batch)
 
-    @property
-    def sampled(self) -> list[Sequence]:
-        """The sequences that gain a token in this step: those that finish their prompts, then those that decode."""
-        finishing = [sequence for sequence, count in self.prefill if sequence.read + count == len(sequence.prompt)]
-        return finishing + self.decode
+    def add(self, sequence: Sequence, count: int) -> None:
+        """Let a sequence run its next ``count`` tokens."""
+        batch, end = self.batch, sequence.read + count
+        is_whole = end == len(sequence.tokens)
+        batch.tokens += sequence.tokens[sequence.read : end]
+        batch.starts.append(sequence.read)
+        batch.counts.append(count)
+        batch.tables.append(sequence.table)
+        if is_whole:
+            batch.sampled.append(len(batch.tokens) - 1)
+        self.parts.append(Part(sequence, count, int(is_whole)))
 
 
 class Scheduler:
     """The line of waiting requests and the set of running sequences."""
 
-    def __init__(self, *, slots: int, queue_size: int, prefill_tokens: int) -> None:
-        self.slots = slots
+    def __init__(
+        self, pool: BlockPool, *, max_sequences: int, queue_size: int, prefill_tokens: int, prefix_reuse: bool = True
+    ) -> None:
+        self.pool = pool
+        self.max_sequences = max_sequences
         self.queue_size = queue_size
         self.prefill_tokens = prefill_tokens
+        self.prefix_reuse = prefix_reuse
         self.running: list[Sequence] = []
+        """In the order of their admission."""
+        self.preemptions = 0
         self._waiting: deque[deque[Sequence]] = deque()
+        self._steps = 0
+        self._too_few = -1  # so many free blocks were too few for the head of the line
 
     @property
     def is_full(self) -> bool:
-        """Whether the line holds as many requests as it may, beside those that have a slot from the next step on."""
-        return len(self._waiting) >= self.queue_size + self.slots - len(self.running)
+        """Whether the line holds as many requests as it may, beside those that have a place from the next step on."""
+        return len(self._waiting) >= self.queue_size + self.max_sequences - len(self.running)
 
     @property
     def is_idle(self) -> bool:
@@ -77,64 +136,141 @@ class Scheduler:
         return len(self._waiting)
 
     def add(self, request: Iterable[Sequence]) -> None:
-        """Put the sequences of one request at the end of the line. Ask ``is_full`` first."""
+        """Put the sequences of one request at the end of the line. Ask ``is_full`` first.
+
+        The pool must be able to hold each of them alone, up to its limit.
+        """
         sequences = deque(request)
         if sequences:
             self._waiting.append(sequences)
 
-    def admit(self, free: int, allocate: Callable[[], int]) -> None:
-        """Give the ``free`` slots to those first in line."""
-        while free and self._waiting:
-            request = self._waiting.popleft()
-            sequence = request.popleft()
-            if request:
-                self._waiting.append(request)
-            sequence.slot = allocate()
-            self.running.append(sequence)
-            free -= 1
-
-    def drop_cancelled(self) -> list[Sequence]:
-        """Forget the cancelled sequences; return those that were running, whose slots the caller frees."""
+    def drop_cancelled(self) -> None:
+        """Forget the cancelled sequences and free their blocks."""
         self.clear_line()
-        dropped = [sequence for sequence in self.running if sequence.is_cancelled]
-        if dropped:
-            self.running = [sequence for sequence in self.running if not sequence.is_cancelled]
-        return dropped
+        for sequence in [sequence for sequence in self.running if sequence.is_cancelled]:
+            self.finish(sequence)
 
     def clear_line(self) -> None:
         """Forget the cancelled sequences that wait, so that their places can be taken."""
         kept = (deque(s for s in request if not s.is_cancelled) for request in self._waiting)
         self._waiting = deque(request for request in kept if request)
+        self._too_few = -1
 
     def drop_waiting(self) -> list[Sequence]:
         """Empty the line; return who stood in it."""
         dropped = [sequence for request in self._waiting for sequence in request]
         self._waiting.clear()
+        self._too_few = -1
         return dropped
 
     def finish(self, sequence: Sequence) -> None:
-        """Forget a running sequence."""
+        """Forget a running sequence and free its blocks."""
         self.running.remove(sequence)
+        self.pool.release(sequence.table)
 
     def plan(self) -> Step:
-        """The next step. As many prompts are read at a time as fit one chunk; those longer than that take turns.
+        """The next step: a token for everyone whose text is read, and chunks of prompts.
 
-        The chunk counts a batch as the network does: the rows, all as long as the longest.
+        Prompts have what the others leave of the budget, and a quarter of it in any case. Those begun take turns; while
+        others could begin, they leave half to them. The caller runs the step and passes each part to ``settle``.
         """
-        prefill: list[tuple[Sequence, int]] = []
-        longest = 0
+        self._steps += 1
+        step = Step()
+        self._extend_tables()
+        begun = []
         for sequence in self.running:
-            count = min(len(sequence.prompt) - sequence.read, self.prefill_tokens)
-            if count == 0:
-                continue
-            if prefill and (len(prefill) + 1) * max(longest, count) > self.prefill_tokens:
+            if sequence.unread == 1:
+                step.add(sequence, 1)
+            else:
+                begun.append(sequence)
+        left = max(self.prefill_tokens - len(step.parts), self.prefill_tokens // 4, 1)
+        newcomer = self._admit()
+        kept = left // 2 if newcomer else 0
+        begun.sort(key=lambda sequence: sequence.served)
+        for sequence in begun:
+            if left == kept:
                 break
-            longest = max(longest, count)
-            prefill.append((sequence, count))
-        decode = sorted((s for s in self.running if s.read == len(s.prompt)), key=lambda s: s.slot)
-        for sequence, count in prefill:
-            if sequence.read + count < len(sequence.prompt):
-                self.running.remove(sequence)
-                self.running.append(sequence)
-        # In the order of their slots, for the cache reads neighbours without a copy.
-        return Step(sorted(prefill, key=lambda part: part[0].slot), decode)
+            left -= self._read_on(step, sequence, left - kept)
+        while newcomer and left:
+            left -= self._read_on(step, newcomer, left)
+            newcomer = self._admit() if left else None
+        return step
+
+    def settle(self, part: Part, picked: list[int]) -> End | None:
+        """Enter what a step that has been run did for one part, with the ``sampled`` tokens that were picked after it.
+
+        Returns why the sequence has ended, or None; whoever has ended is to be passed to ``finish``.
+        """
+        sequence = part.sequence
+        end = None
+        for token in picked:
+            if token == NOT_FINITE:
+                # What it read may be broken already, and must reach nobody through the index.
+                self.pool.forget(sequence.table)
+                return End.NOT_FINITE
+            if token in sequence.stop_ids:
+                end = End.STOP_TOKEN
+                break
+            sequence.tokens.append(token)
+            if len(sequence.tokens) == sequence.limit:
+                end = End.LIMIT
+                break
+        sequence.read += part.count
+        if self.prefix_reuse:
+            full = sequence.read // self.pool.block_tokens
+            while sequence.indexed < full:
+                self.pool.index(sequence.table, sequence.indexed, sequence.tokens, sequence.adapter)
+                sequence.indexed += 1
+        return end
+
+    def _read_on(self, step: Step, sequence: Sequence, most: int) -> int:
+        count = min(sequence.unread, most)
+        sequence.served = self._steps
+        step.add(sequence, count)
+        return count
+
+    def _extend_tables(self) -> None:
+        """Give a block to each sequence whose next token has no place, the oldest first."""
+        place = 0
+        while place < len(self.running):
+            sequence = self.running[place]
+            place += 1
+            if len(sequence.table) * self.pool.block_tokens > sequence.read:
+                continue
+            while not self.pool.free and self.running[-1] is not sequence:
+                self._preempt(self.running[-1])
+            if self.pool.free:
+                sequence.table += self.pool.allocate(1)
+            else:
+                self._preempt(sequence)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.finish(sequence)
+        sequence.read = sequence.indexed = 0
+        self._waiting.appendleft(deque([sequence]))
+        self._too_few = -1
+        self.preemptions += 1
+
+    def _admit(self) -> Sequence | None:
+        """Admit the head of the line, if there is room for it: blocks for its text and one more for everyone."""
+        pool, running = self.pool, self.running
+        if not self._waiting or len(running) >= self.max_sequences or (running and pool.free <= self._too_few):
+            return None
+        sequence = self._waiting[0][0]
+        table = pool.match(sequence.tokens, sequence.adapter) if self.prefix_reuse else []
+        missing = blocks_for(len(sequence.tokens), pool.block_tokens) - len(table)
+        spare = pool.free - missing
+        if spare < len(running):
+            pool.release(table)
+            self._too_few = pool.free
+            return None
+        self._too_few = -1
+        request = self._waiting.popleft()
+        request.popleft()
+        if request:
+            self._waiting.append(request)
+        sequence.table = table + pool.allocate(missing)
+        sequence.indexed = len(table)
+        sequence.read = sequence.reused = len(table) * pool.block_tokens
+        running.append(sequence)
+        return sequence

@@ -1,11 +1,13 @@
 """The Llama 3 network (Grattafiori et al. 2024, arXiv:2407.21783), once: training and inference run these same modules.
 
 Weights carry Meta's names. Rotary angles turn the first half of a head against its second half, Hugging Face's order;
-checkpoint.py reorders Meta's weights, which turn neighbours. What is cached, where and for which requests is the
-cache's business (inference/kv_cache.py): the network sees only a ``CacheView``.
+checkpoint.py reorders Meta's weights, which turn neighbours. What is cached, where and for which requests is not the
+network's business: it sees only a ``CacheView`` (inference/runner.py has one).
 
-Shape suffixes: B rows of the batch, T new tokens, S all tokens so far, H query heads, G key/value heads, K head width,
-D model width, F feed-forward width, V vocabulary, N weights of any shape.
+Shape suffixes: B rows of the batch, T tokens of a row, N new tokens of all sequences side by side, H query heads, G
+key/value heads, K head width, D model width, F feed-forward width, V vocabulary, W weights of any shape. A pass without
+a cache is (B, T), one with a cache is ragged, (N,): what serves both names only its last dimensions, so ``x_D`` is
+(B, T, D) or (N, D).
 """
 
 from __future__ import annotations
@@ -22,18 +24,17 @@ from .config import LlamaConfig, RopeScaling
 
 
 class CacheView(Protocol):
-    """The keys and values of the rows in one step, as the network sees them."""
+    """The keys and values of the sequences in one step, as the network sees them."""
 
     @property
-    def positions_BT(self) -> Tensor:
-        """Position of each new token in its own sequence, int64; what stands at padding does not matter."""
+    def positions_N(self) -> Tensor:
+        """Position of each new token in its own sequence, int64."""
 
-    @property
-    def mask_B1TS(self) -> Tensor | None:
-        """True where a new token may look. None where T == 1 and it sees all S, or T == S and attention is causal."""
+    def attend(self, layer: int, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
+        """Store one layer's new keys and values, and let each new token attend to its sequence up to itself.
 
-    def update(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new tokens of one layer; return (B, G, S, K) keys and values from position 0 on."""
+        Returns (N, H, K).
+        """
 
 
 def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device | str) -> Tensor:
@@ -53,11 +54,11 @@ def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None,
     return torch.lerp(frequency / scaling.factor, frequency, kept.clamp(0.0, 1.0))
 
 
-def rotate(x_BHTK: Tensor, cosine_B1TK: Tensor, sine_B1TK: Tensor) -> Tensor:
+def rotate(x_HK: Tensor, cosine_1K: Tensor, sine_1K: Tensor) -> Tensor:
     """Turn each pair (i, i + K/2) of a head by its position's angle, in float32; return the dtype of ``x``."""
-    first, second = x_BHTK.float().chunk(2, dim=-1)
-    turned = x_BHTK * cosine_B1TK + torch.cat((-second, first), dim=-1) * sine_B1TK
-    return turned.to(x_BHTK.dtype)
+    first, second = x_HK.float().chunk(2, dim=-1)
+    turned = x_HK * cosine_1K + torch.cat((-second, first), dim=-1) * sine_1K
+    return turned.to(x_HK.dtype)
 
 
 class RotaryAngles(nn.Module):
@@ -70,10 +71,10 @@ class RotaryAngles(nn.Module):
         self._config = config
         self.register_buffer("frequency", self._frequencies(device), persistent=False)
 
-    def forward(self, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cosine and sine, each (B, 1, T, K) float32: for all heads, the two halves of a head alike."""
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosine and sine, each (..., 1, K) float32: for all heads, the two halves of a head alike."""
         # Angles in float32: bfloat16 holds whole numbers exactly only up to 256.
-        angle = positions_BT[:, None, :, None].float() * self.frequency
+        angle = positions[..., None, None].float() * self.frequency
         angle = torch.cat((angle, angle), dim=-1)
         return angle.cos(), angle.sin()
 
@@ -97,8 +98,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.weight * F.rms_norm(x_BTD.float(), self.weight.shape, eps=self.eps).to(x_BTD.dtype)
+    def forward(self, x_D: Tensor) -> Tensor:
+        return self.weight * F.rms_norm(x_D.float(), self.weight.shape, eps=self.eps).to(x_D.dtype)
 
 
 class Attention(nn.Module):
@@ -114,27 +115,22 @@ class Attention(nn.Module):
         self.wv = nn.Linear(config.dim, key_dim, bias=False, device=device, dtype=dtype)
         self.wo = nn.Linear(query_dim, config.dim, bias=False, device=device, dtype=dtype)
 
-    def forward(self, x_BTD: Tensor, cosine_B1TK: Tensor, sine_B1TK: Tensor, cache: CacheView | None) -> Tensor:
-        q_BHTK = rotate(self._heads(self.wq(x_BTD)), cosine_B1TK, sine_B1TK)
-        k_BGSK = rotate(self._heads(self.wk(x_BTD)), cosine_B1TK, sine_B1TK)
-        v_BGSK = self._heads(self.wv(x_BTD))
-        mask_B1TS = None
-        if cache is not None:
-            k_BGSK, v_BGSK = cache.update(self.layer, k_BGSK, v_BGSK)
-            mask_B1TS = cache.mask_B1TS
-        attended_BHTK = F.scaled_dot_product_attention(
-            q_BHTK,
-            k_BGSK,
-            v_BGSK,
-            attn_mask=mask_B1TS,
-            is_causal=mask_B1TS is None and q_BHTK.shape[2] > 1,
-            enable_gqa=True,
-        )
-        output_BTD: Tensor = self.wo(attended_BHTK.transpose(1, 2).flatten(2))
-        return output_BTD
+    def forward(self, x_D: Tensor, cosine_1K: Tensor, sine_1K: Tensor, cache: CacheView | None) -> Tensor:
+        q_HK = rotate(self._heads(self.wq(x_D)), cosine_1K, sine_1K)
+        k_GK = rotate(self._heads(self.wk(x_D)), cosine_1K, sine_1K)
+        v_GK = self._heads(self.wv(x_D))
+        attended_HK = _attend_whole(q_HK, k_GK, v_GK) if cache is None else cache.attend(self.layer, q_HK, k_GK, v_GK)
+        output_D: Tensor = self.wo(attended_HK.flatten(-2))
+        return output_D
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
+        return x.view(*x.shape[:-1], -1, self.head_dim)
+
+
+def _attend_whole(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
+    q_BHTK, k_BGTK, v_BGTK = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
+    attended_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BGTK, v_BGTK, is_causal=True, enable_gqa=True)
+    return attended_BHTK.transpose(1, 2)
 
 
 class FeedForward(nn.Module):
@@ -146,9 +142,9 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False, device=device, dtype=dtype)
         self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False, device=device, dtype=dtype)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        output_BTD: Tensor = self.w2(F.silu(self.w1(x_BTD)) * self.w3(x_BTD))
-        return output_BTD
+    def forward(self, x_D: Tensor) -> Tensor:
+        output_D: Tensor = self.w2(F.silu(self.w1(x_D)) * self.w3(x_D))
+        return output_D
 
 
 class Block(nn.Module):
@@ -161,10 +157,10 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps, device=device, dtype=dtype)
         self.feed_forward = FeedForward(config, device=device, dtype=dtype)
 
-    def forward(self, x_BTD: Tensor, cosine_B1TK: Tensor, sine_B1TK: Tensor, cache: CacheView | None) -> Tensor:
-        attended_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), cosine_B1TK, sine_B1TK, cache)
-        output_BTD: Tensor = attended_BTD + self.feed_forward(self.ffn_norm(attended_BTD))
-        return output_BTD
+    def forward(self, x_D: Tensor, cosine_1K: Tensor, sine_1K: Tensor, cache: CacheView | None) -> Tensor:
+        attended_D = x_D + self.attention(self.attention_norm(x_D), cosine_1K, sine_1K, cache)
+        output_D: Tensor = attended_D + self.feed_forward(self.ffn_norm(attended_D))
+        return output_D
 
 
 class Llama(nn.Module):
@@ -189,27 +185,24 @@ class Llama(nn.Module):
             self.output = nn.Linear(config.dim, config.vocab_size, bias=False, device=device, dtype=dtype)
         self.rotary = RotaryAngles(config, device)
 
-    def forward(self, tokens_BT: Tensor, cache: CacheView | None = None) -> Tensor:
-        """Return (B, T, V) float32 logits for the token after each given one; see ``hidden``."""
-        return self.logits(self.hidden(tokens_BT, cache))
+    def forward(self, tokens: Tensor, cache: CacheView | None = None) -> Tensor:
+        """Return (..., V) float32 logits for the token after each given one; see ``hidden``."""
+        return self.logits(self.hidden(tokens, cache))
 
-    def hidden(self, tokens_BT: Tensor, cache: CacheView | None = None) -> Tensor:
-        """Return (B, T, D) normalised states in the model's dtype, from which ``logits`` makes predictions.
+    def hidden(self, tokens: Tensor, cache: CacheView | None = None) -> Tensor:
+        """Return (..., D) normalised states in the model's dtype, from which ``logits`` makes predictions.
 
-        Without a cache each row is a whole sequence from position 0 on, and gradients flow. With one, the rows continue
-        what the view has stored, and their keys and values are added to it. Padding goes to the right: no token looks
-        at what comes after it.
+        Without a cache ``tokens`` are (B, T), each row is a whole sequence from position 0 on, and gradients flow.
+        Padding goes to the right: no token looks at what comes after it. With a cache they are (N,): the new tokens of
+        all sequences side by side, which continue what the view has stored and are added to it.
         """
-        if cache is None:
-            positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
-        else:
-            positions_BT = cache.positions_BT
-        cosine_B1TK, sine_B1TK = self.rotary(positions_BT)
-        x_BTD = self.tok_embeddings(tokens_BT)
+        positions = torch.arange(tokens.shape[1], device=tokens.device) if cache is None else cache.positions_N
+        cosine_1K, sine_1K = self.rotary(positions)
+        x_D = self.tok_embeddings(tokens)
         for layer in self.layers:
-            x_BTD = layer(x_BTD, cosine_B1TK, sine_B1TK, cache)
-        normalised_BTD: Tensor = self.norm(x_BTD)
-        return normalised_BTD
+            x_D = layer(x_D, cosine_1K, sine_1K, cache)
+        normalised_D: Tensor = self.norm(x_D)
+        return normalised_D
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return (..., V) float32 logits of (..., D) states: ask only where a token is sampled or a label stands."""
@@ -232,8 +225,8 @@ class Llama(nn.Module):
         start at one.
         """
         narrow = std / math.sqrt(2 * self.config.n_layers)
-        for name, weight_N in self.named_parameters():
+        for name, weight_W in self.named_parameters():
             if "norm" in name:
-                weight_N.fill_(1.0)
+                weight_W.fill_(1.0)
             else:
-                weight_N.normal_(0.0, narrow if name.endswith(("wo.weight", "w2.weight")) else std, generator=generator)
+                weight_W.normal_(0.0, narrow if name.endswith(("wo.weight", "w2.weight")) else std, generator=generator)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
 from llama_stack.apis.common import ToolCall
-from llama_stack_meta_reference.inference.kv_cache import KVCache
+from llama_stack_meta_reference.inference.kv_cache import blocks_for
+from llama_stack_meta_reference.inference.runner import Batch, TorchRunner
 from llama_stack_meta_reference.llama.model import Llama
 from llama_stack_meta_reference.llama.tokenizer import SpecialToken, TextDecoder, Tokenizer
 from llama_stack_meta_reference.llama.tool_calls import ToolCallParser
@@ -55,35 +57,34 @@ def measure(model: Llama, tokenizer: Tokenizer, skill: Skill, count: int, seed: 
     return Score(right, ended, count, tuple(failures))
 
 
-@torch.inference_mode()
 def generate(
     model: Llama, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], longest: int = LONGEST_REPLY
 ) -> list[list[int]]:
     """The most likely next tokens after each prompt, up to and with the one that ends the turn, at most ``longest``."""
     context = min(model.config.max_context, max(map(len, prompts)) + longest)
-    dtype = model.tok_embeddings.weight.dtype
-    cache = KVCache(model.config, slots=len(prompts), context=context, device="cpu", dtype=dtype)
-    rows = {cache.allocate(): index for index in range(len(prompts))}
+    width = blocks_for(context)
+    runner = TorchRunner(model, blocks=width * len(prompts))
+    tables = [list(range(row * width, (row + 1) * width)) for row in range(len(prompts))]
     replies: list[list[int]] = [[] for _ in prompts]
-    pending = {slot: list(prompts[index]) for slot, index in rows.items()}
+    read = [0] * len(prompts)
+    pending = {row: list(prompt) for row, prompt in enumerate(prompts)}
     while pending:
-        slots = sorted(pending)
-        counts = [len(pending[slot]) for slot in slots]
-        tokens_BT = torch.zeros(len(slots), max(counts), dtype=torch.int64)
-        for row, slot in enumerate(slots):
-            tokens_BT[row, : counts[row]] = torch.tensor(pending[slot])
-        with cache.step(slots, counts) as view:
-            states_BTD = model.hidden(tokens_BT, view)
-        last_BD = states_BTD[torch.arange(len(slots)), torch.tensor(counts) - 1]
-        chosen = model.logits(last_BD).argmax(-1).tolist()
-        pending = {}
-        for slot, token in zip(slots, chosen, strict=True):
-            reply = replies[rows[slot]]
-            reply.append(token)
-            if token in tokenizer.stop_ids or len(reply) == longest or cache.length(slot) == context:
-                cache.release(slot)
+        counts = [len(tokens) for tokens in pending.values()]
+        batch = Batch(
+            tokens=[token for tokens in pending.values() for token in tokens],
+            starts=[read[row] for row in pending],
+            counts=counts,
+            tables=[tables[row] for row in pending],
+            sampled=[end - 1 for end in accumulate(counts)],
+        )
+        chosen: list[int] = runner.run(batch).argmax(-1).tolist()
+        for (row, tokens), token in zip(list(pending.items()), chosen, strict=True):
+            replies[row].append(token)
+            read[row] += len(tokens)
+            if token in tokenizer.stop_ids or len(replies[row]) == longest or read[row] == context:
+                del pending[row]
             else:
-                pending[slot] = [token]
+                pending[row] = [token]
     return replies
 
 

@@ -40,16 +40,16 @@ class GatedLlama(Llama):
         self.fault: Exception | None = None
         self.poisoned_token = -1
 
-    def hidden(self, tokens_BT: Tensor, cache: CacheView | None = None) -> Tensor:
+    def hidden(self, tokens: Tensor, cache: CacheView | None = None) -> Tensor:
         self.passes += 1
         self.entered.set()
         if not self.is_open:
             assert self.permits.acquire(timeout=30)
         fault, self.fault = self.fault, None
-        hidden_BTD = super().hidden(tokens_BT, cache)
+        hidden_D = super().hidden(tokens, cache)
         if fault is not None:
             raise fault
-        return hidden_BTD.masked_fill((tokens_BT == self.poisoned_token)[..., None], torch.nan)
+        return hidden_D.masked_fill((tokens == self.poisoned_token)[..., None], torch.nan)
 
     async def until_entered(self) -> None:
         """Wait until a pass has begun since the last call."""
@@ -105,7 +105,7 @@ async def test_max_tokens_bounds_the_answer_and_zero_means_to_the_end_of_the_con
         (ticket,) = engine.submit(one([1] * 10 + NEWLINE, max_tokens))
         assert len(await tokens(ticket)) == expected
         assert ticket.stop_reason is StopReason.MAX_TOKENS
-        assert engine.free_slots == 4
+        assert engine.free_blocks == engine.blocks
 
 
 @pytest.mark.parametrize("prefill_tokens", [3, 512])
@@ -124,7 +124,7 @@ async def test_greedy_tokens_are_those_of_full_passes_without_a_cache(small_mode
 async def test_answers_in_a_crowd_equal_answers_alone(small_model: Llama) -> None:
     """Continuous batching, chunked prompts and other people's sampling may change the speed and nothing else.
 
-    Every prompt runs alone on one engine, and all at once on another with few slots and tiny chunks.
+    Every prompt runs alone on one engine, and all at once on another with few places and tiny chunks.
     """
     draw = random.Random(5)
     requests = [
@@ -146,12 +146,12 @@ async def test_answers_in_a_crowd_equal_answers_alone(small_model: Llama) -> Non
         singles = [busy.submit([request])[0] for request in requests[:12]]
         batch = busy.submit(requests[12:])
         crowd = await asyncio.gather(*map(tokens, [*singles, *batch]))
-        assert busy.free_slots == 5
+        assert busy.free_blocks == busy.blocks
     assert crowd == alone
     assert len({tuple(answer) for answer in alone}) > 12
 
 
-async def test_a_cancelled_generation_frees_its_slot_before_the_next_step() -> None:
+async def test_a_cancelled_generation_frees_its_blocks_before_the_next_step() -> None:
     """Work for a client that left is work taken from the others: not one more pass may be spent on it."""
     model, engine = gated(max_sequences=1)
     async with running(engine):
@@ -167,7 +167,7 @@ async def test_a_cancelled_generation_frees_its_slot_before_the_next_step() -> N
         model.permits.release(2)
         assert await tokens(next_in_line) == [ord("a")]
         assert model.passes == 7
-        assert engine.free_slots == 1
+        assert engine.free_blocks == engine.blocks
 
 
 async def test_a_waiting_generation_can_be_cancelled() -> None:
@@ -189,7 +189,7 @@ async def test_a_waiting_generation_can_be_cancelled() -> None:
         assert model.passes == 3
 
 
-async def test_storms_of_cancellations_leave_every_slot_free() -> None:
+async def test_storms_of_cancellations_leave_every_block_free() -> None:
     """1,000 clients that leave anywhere, in the line, the prompt or the answer: the cache is at its baseline."""
     draw = random.Random(3)
     async with running(new_engine(endless(), byte_tokenizer(), max_sequences=3, prefill_tokens=4)) as engine:
@@ -206,7 +206,7 @@ async def test_storms_of_cancellations_leave_every_slot_free() -> None:
             await asyncio.gather(*(client() for _ in range(50)))
         (last,) = engine.submit(one(NEWLINE, max_tokens=3))
         assert await tokens(last) == [ord("a"), ord("b"), ord("a")]
-        assert engine.free_slots == 3
+        assert engine.free_blocks == engine.blocks
         assert engine.running == engine.waiting == 0
         assert not engine._tickets
 
@@ -237,7 +237,7 @@ async def test_a_step_that_raises_fails_those_in_flight_and_nobody_else(caplog: 
         failed = [answer for answer in answers if isinstance(answer, EngineRestartedError)]
         assert 1 <= len(failed) <= 2  # the first step may begin before the second request is in
         assert answers.count([ord("a"), ord("b"), ord("a")]) == 6 - len(failed)
-        assert engine.free_slots == 2
+        assert engine.free_blocks == engine.blocks
     assert failed[0].status == 503
     assert "secret" not in failed[0].detail
     assert "secret" in caplog.text
@@ -250,10 +250,10 @@ async def test_under_random_faults_every_client_learns_how_it_ended(caplog: pyte
     model.is_open = True
     hidden = model.hidden
 
-    def breaking(tokens_BT: Tensor, cache: CacheView | None = None) -> Tensor:
+    def breaking(tokens: Tensor, cache: CacheView | None = None) -> Tensor:
         if draw.random() < 0.1:
             model.fault = RuntimeError("broken")
-        return hidden(tokens_BT, cache)
+        return hidden(tokens, cache)
 
     model.hidden = breaking  # type: ignore[method-assign]
     caplog.set_level(logging.CRITICAL + 1)
@@ -270,7 +270,7 @@ async def test_under_random_faults_every_client_learns_how_it_ended(caplog: pyte
         ends = [end for _ in range(20) for end in await asyncio.gather(*(client() for _ in range(20)))]
         assert len(ends) == 400
         assert set(ends) == {"answered", "broken"}
-        assert engine.free_slots == 3
+        assert engine.free_blocks == engine.blocks
         assert engine.running == engine.waiting == 0
 
 
@@ -290,24 +290,24 @@ async def test_logits_that_are_not_finite_fail_their_own_sequence_alone(caplog: 
         with pytest.raises(EngineRestartedError):
             await anext(poisoned)
         assert len(await tokens(healthy)) == 40
-        assert engine.free_slots == 2
+        assert engine.free_blocks == engine.blocks
 
 
-async def test_a_cache_that_cannot_be_made_again_fails_all_and_is_tried_again(
+async def test_a_cache_that_cannot_be_blanked_fails_all_and_is_tried_again(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """After a fault there may be no memory for a moment: whoever waits learns it, and a later request may succeed."""
+    """A device may take a moment to recover: whoever waits learns it, and a later request may succeed."""
     model, engine = gated(max_sequences=1)
-    make, attempts = engine._new_cache, 0
+    reset, attempts = engine._runner.reset, 0
 
-    def make_at_second_try() -> object:
+    def reset_at_second_try() -> None:
         nonlocal attempts
         attempts += 1
         if attempts == 1:
             raise torch.OutOfMemoryError("no memory")
-        return make()
+        reset()
 
-    monkeypatch.setattr(engine, "_new_cache", make_at_second_try)
+    monkeypatch.setattr(engine._runner, "reset", reset_at_second_try)
     model.fault = RuntimeError("broken")
     async with running(engine):
         tickets = [engine.submit(one(NEWLINE, max_tokens=1))[0] for _ in range(3)]
@@ -317,7 +317,7 @@ async def test_a_cache_that_cannot_be_made_again_fails_all_and_is_tried_again(
         answers = await asyncio.gather(*map(tokens, tickets), return_exceptions=True)
         assert [type(answer) for answer in answers] == [EngineRestartedError] * 3
         assert await tokens(engine.submit(one(NEWLINE, max_tokens=1))[0]) == [ord("a")]
-        assert engine.free_slots == 1
+        assert engine.free_blocks == engine.blocks
 
 
 async def test_stopping_ends_the_thread_and_tells_everyone() -> None:
@@ -365,7 +365,7 @@ async def test_a_loop_that_was_closed_does_not_stop_the_engine() -> None:
         model.is_open = True
         model.permits.release()
         assert await tokens(engine.submit(one(NEWLINE, max_tokens=2))[0]) == [ord("a"), ord("b")]
-        assert engine.free_slots == 1
+        assert engine.free_blocks == engine.blocks
 
 
 async def test_padding_of_the_vocabulary_is_never_picked() -> None:

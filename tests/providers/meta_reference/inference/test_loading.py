@@ -41,7 +41,7 @@ def test_the_plan_is_shown_before_weights_are_read(folder: Path, caplog: pytest.
     model = load("m", ModelConfig(checkpoint=str(folder), device="cpu", max_sequences=3))
     lines = [record.getMessage() for record in caplog.records]
     assert lines[0].startswith("model 'm': float32, cpu: weights ")
-    assert "3 x 128 tokens" in lines[0]
+    assert "(384 tokens of 256 B)" in lines[0]
     assert lines[1].startswith("model 'm': ready on cpu in ")
     assert model.engine.context == 128
     assert model.plan.weight_bytes == NETWORK.parameter_count * 4
@@ -115,20 +115,40 @@ def test_a_context_that_does_not_fit_is_refused_and_by_default_as_much_as_fits_i
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The error carries the plan, with the longest context that would fit, before any weight is read."""
-    weights, per_token = NETWORK.parameter_count * 4, 256
-    monkeypatch.setattr(loading, "available_memory", lambda device: weights + 60 * 8 * per_token)
-    asked = ModelConfig(checkpoint=str(folder), device="cpu", context_tokens=61)
-    with pytest.raises(SetupError, match=r"does not fit the memory: .*longest context for 8 at once: 60 tokens"):
+    weights, per_block = NETWORK.parameter_count * 4, 16 * 256
+    monkeypatch.setattr(loading, "available_memory", lambda device: weights + 4 * per_block)
+    asked = ModelConfig(checkpoint=str(folder), device="cpu", context_tokens=65)
+    with pytest.raises(SetupError, match=r"does not fit the memory: .* longest that fits: 64;"):
         load("m", asked)
-    assert load("m", asked.model_copy(update={"context_tokens": 60})).engine.context == 60
-    monkeypatch.setattr(loading, "available_memory", lambda device: 2 * (weights + 60 * 8 * per_token))
-    assert load("m", ModelConfig(checkpoint=str(folder), device="cpu")).engine.context == 60
+    assert load("m", asked.model_copy(update={"context_tokens": 64})).engine.blocks == 4
+    with pytest.raises(SetupError, match=r"does not fit the memory: .*\(80 tokens of 256 B\)"):
+        load("m", ModelConfig(checkpoint=str(folder), device="cpu", cache_tokens=65))
+    monkeypatch.setattr(loading, "available_memory", lambda device: 2 * (weights + 4 * per_block))
+    assert load("m", ModelConfig(checkpoint=str(folder), device="cpu")).engine.context == 64
     assert [record.getMessage() for record in caplog.records] == [
-        "model 'm': the context is 60 of the 128 tokens that it was made for; more for 8 sequences does not fit"
+        "model 'm': the context is 64 of the 128 tokens that it was made for; more do not fit the cache"
     ]
     monkeypatch.setattr(loading, "available_memory", lambda device: weights)
     with pytest.raises(SetupError, match="does not fit the memory"):
         load("m", ModelConfig(checkpoint=str(folder), device="cpu"))
+
+
+def test_the_settings_reach_the_engine(folder: Path) -> None:
+    """A key that is accepted and ignored is worse than one that is refused."""
+    config = ModelConfig(
+        checkpoint=str(folder),
+        device="cpu",
+        context_tokens=40,
+        cache_tokens=100,
+        max_sequences=3,
+        queue_size=7,
+        prefill_tokens=9,
+        prefix_reuse=False,
+    )
+    engine = load("m", config).engine
+    scheduler = engine._scheduler
+    assert (engine.context, engine.blocks, scheduler.max_sequences, scheduler.queue_size) == (40, 7, 3, 7)
+    assert (scheduler.prefill_tokens, scheduler.prefix_reuse) == (9, False)
 
 
 def test_a_tokenizer_of_another_model_is_refused(small_checkpoint: Path) -> None:

@@ -79,7 +79,14 @@ async def serving(
     """A provider of one model, ``m``, that is also called ``llama3_8b``."""
     save_hugging_face(model, tmp_path / "m")
     engine = new_engine(model, tokenizer, max_sequences=max_sequences, queue_size=queue_size)
-    plan = memory_plan(model.config, torch.float32, "cpu", engine.context, max_sequences, available_bytes=10**9)
+    plan = memory_plan(
+        model.config,
+        torch.float32,
+        "cpu",
+        available_bytes=10**9,
+        max_sequences=max_sequences,
+        context_tokens=engine.context,
+    )
     loaded = LoadedModel(
         name="m",
         checkpoint=open_checkpoint(tmp_path / "m"),
@@ -232,7 +239,7 @@ async def test_a_completion_continues_a_text(tmp_path: Path) -> None:
         assert chunks[-1].stop_reason is StopReason.FINISHED_OK
         to_the_end = await whole_text(provider, completion(content="x", max_tokens=0))
         assert to_the_end.stop_reason is StopReason.MAX_TOKENS
-        assert engine.free_slots == 4
+        assert engine.free_blocks == engine.blocks
 
 
 async def test_logprobs_are_the_same_streamed_and_whole_and_only_when_asked(tmp_path: Path) -> None:
@@ -275,7 +282,7 @@ async def test_batches_answer_in_the_order_of_the_request(tmp_path: Path) -> Non
             assert len({str(line.content) for line in lines}) == 20
         empty = BatchCompletionRequest(model="m", content_batch=[])
         assert [line async for line in await provider.batch_completion(empty)] == []
-        assert engine.free_slots == 3
+        assert engine.free_blocks == engine.blocks
     tools = [WEATHER, ToolDefinition(tool_name="other")]
     call = [b'{"name": "get_weather", ', b'"parameters": {}}']
     async with serving(tmp_path, *writing(call), max_sequences=3) as (provider, _):
@@ -298,7 +305,7 @@ async def drain(stream: AsyncIterator[Any]) -> None:
 async def settle(engine: Engine, provider: MetaReferenceInference) -> None:
     """Let one more request through, which comes after all cancellations have been seen."""
     await whole_text(provider, completion(max_tokens=1))
-    assert engine.free_slots == 4
+    assert engine.free_blocks == engine.blocks
     assert engine.waiting == 0
 
 
@@ -368,7 +375,7 @@ async def test_a_prompt_that_does_not_fit_is_refused_with_both_counts(tmp_path: 
         assert refused.value.faults[0].pointer == "/content"
         fits = await whole_text(provider, completion(content="x" * 254))
         assert len(cast(str, fits.content)) <= 1
-        assert engine.free_slots == 4
+        assert engine.free_blocks == engine.blocks
 
 
 TWO_IMAGES = dialog(
@@ -447,7 +454,7 @@ async def test_a_full_queue_refuses_before_anything_is_streamed(tmp_path: Path) 
         for stream in streams:
             await stream.aclose()
         assert (await whole_text(provider, completion(max_tokens=1))).content == "\n"
-        assert engine.free_slots == 1
+        assert engine.free_blocks == engine.blocks
 
 
 async def test_an_engine_fault_in_a_stream_is_a_typed_error(

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from llama_stack_meta_reference.inference.kv_cache import KVCache
 from llama_stack_meta_reference.llama.config import RopeScaling
 from llama_stack_meta_reference.llama.model import Llama, rotary_frequencies
 
@@ -93,16 +92,3 @@ def test_scaling_leaves_fast_rotations_and_slows_slow_ones() -> None:
         assert after == pytest.approx(before * (kept + (1 - kept) / 8), rel=1e-5)
         bands.add(kept if kept in (0.0, 1.0) else 0.5)
     assert bands == {0.0, 0.5, 1.0}
-
-
-@torch.inference_mode()
-def test_stepping_equals_one_full_pass(small_model: Llama) -> None:
-    """A wrong rope offset or cache index shows here first: token by token must give the logits of one whole pass."""
-    tokens_BT = random_tokens(1, 100)
-    cache = KVCache(SMALL, slots=1, context=100, device="cpu", dtype=torch.float32)
-    slot = cache.allocate()
-    stepped = []
-    for token in range(100):
-        with cache.step([slot], [1]) as view:
-            stepped.append(small_model(tokens_BT[:, token : token + 1], view))
-    torch.testing.assert_close(torch.cat(stepped, dim=1), small_model(tokens_BT), atol=1e-4, rtol=0)

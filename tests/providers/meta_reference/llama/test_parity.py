@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from llama_stack_meta_reference.inference.kv_cache import KVCache
 from llama_stack_meta_reference.llama.checkpoint import load_model, open_checkpoint, save_hugging_face
 from llama_stack_meta_reference.llama.model import Llama
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from tests.providers.meta_reference.checkpoints import random_reference, scaled_rope, write_hugging_face, write_meta
+from tests.providers.meta_reference.stepping import Stepper
 
 TOLERANCE = 1e-4
 NEW_TOKENS = 64
@@ -64,15 +64,65 @@ def test_logits_equal_transformers_past_the_original_context(
     torch.testing.assert_close(model(prompts_BT), expected, atol=TOLERANCE, rtol=0)
 
 
-@torch.inference_mode()
+@pytest.fixture(scope="module")
+def expected(reference: LlamaForCausalLM, prompts_BT: Tensor) -> list[int]:
+    """What transformers writes after the first 30 tokens of the first prompt."""
+    theirs: Any = reference
+    text = theirs.generate(
+        prompts_BT[:1, :30], max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0
+    )
+    tokens: list[int] = text[0, 30:].tolist()
+    return tokens
+
+
 def test_greedy_tokens_equal_transformers_through_the_cache(
-    reference: LlamaForCausalLM, model: Llama, prompts_BT: Tensor
+    model: Llama, prompts_BT: Tensor, expected: list[int]
 ) -> None:
     """What a user sees is the ids: one wrong position in the cache changes them within 64 steps."""
-    prompt_BT = prompts_BT[:1, :30]
-    theirs: Any = reference
-    expected = theirs.generate(prompt_BT, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    assert greedy(model, prompt_BT) == expected[0, 30:].tolist()
+    assert greedy(model, prompts_BT[0, :30].tolist()) == expected
+
+
+@pytest.mark.parametrize("prefill_tokens", [1, 5, 15, 16, 17, 29, 30])
+def test_greedy_tokens_equal_transformers_however_the_prompt_is_cut(
+    model: Llama, prompts_BT: Tensor, expected: list[int], prefill_tokens: int
+) -> None:
+    """Chunked prefill: the cuts fall before, on and after the ends of blocks."""
+    assert greedy(model, prompts_BT[0, :30].tolist(), prefill_tokens=prefill_tokens) == expected
+
+
+def test_greedy_tokens_equal_transformers_among_strangers(
+    model: Llama, prompts_BT: Tensor, expected: list[int]
+) -> None:
+    """Continuous batching: others of all lengths come and go in the same steps, and a stranger shares the beginning."""
+    prompt = prompts_BT[0, :30].tolist()
+    strangers = [prompts_BT[1, :length].tolist() for length in (1, 16, 77, 120)]
+    crowd = [*strangers[:2], prompt, *strangers[2:], [*prompt[:20], 1, 2]]
+    answers = Stepper(model, prefill_tokens=40, max_sequences=4).generate(crowd, NEW_TOKENS)
+    assert answers[2] == expected
+
+
+def test_greedy_tokens_equal_transformers_after_preemption(
+    model: Llama, prompts_BT: Tensor, expected: list[int]
+) -> None:
+    """A sequence that gave its blocks up is read again with what it had written, and nobody can tell."""
+    stepper = Stepper(model, blocks=13)
+    elder, prompt = prompts_BT[1, :30].tolist(), prompts_BT[0, :30].tolist()
+    answers = stepper.generate([elder, prompt, elder[::-1]], NEW_TOKENS)
+    assert stepper.scheduler.preemptions
+    assert answers[1] == expected
+
+
+def test_greedy_tokens_equal_transformers_from_a_beginning_that_others_read(
+    model: Llama, prompts_BT: Tensor, expected: list[int]
+) -> None:
+    """Prefix reuse: of prompts and of what was generated, as the next turn of a chat has it."""
+    prompt = prompts_BT[0, :30].tolist()
+    stepper = Stepper(model)
+    stepper.generate([[*prompt[:17], 1]], 3)
+    assert stepper.generate([prompt], 40) == [expected[:40]]
+    steps = stepper.steps
+    assert stepper.generate([prompt + expected[:35]], NEW_TOKENS - 35) == [expected[35:]]
+    assert stepper.steps - steps == NEW_TOKENS - 35
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -84,7 +134,7 @@ def test_every_layout_gives_the_same_network(
     other = load(write(reference, layout, tmp_path / "checkpoint"))
     assert other.config == model.config
     assert torch.equal(other(prompts_BT), model(prompts_BT))
-    assert greedy(other, prompts_BT[:1, :30]) == greedy(model, prompts_BT[:1, :30])
+    assert greedy(other, prompts_BT[0, :30].tolist()) == greedy(model, prompts_BT[0, :30].tolist())
 
 
 @torch.inference_mode()
@@ -103,12 +153,5 @@ def test_scaling_matters_in_the_shapes_that_have_it(prompts_BT: Tensor) -> None:
     assert difference > 100 * TOLERANCE
 
 
-def greedy(model: Llama, prompt_BT: Tensor) -> list[int]:
-    cache = KVCache(model.config, slots=1, context=256, device="cpu", dtype=torch.float32)
-    slot, tokens_BT, chosen = cache.allocate(), prompt_BT, list[int]()
-    while len(chosen) < NEW_TOKENS:
-        with cache.step([slot], [tokens_BT.shape[1]]) as view:
-            state_BTD = model.hidden(tokens_BT, view)
-        tokens_BT = model.logits(state_BTD[:, -1:]).argmax(-1)
-        chosen.append(int(tokens_BT))
-    return chosen
+def greedy(model: Llama, prompt: list[int], prefill_tokens: int = 512) -> list[int]:
+    return Stepper(model, prefill_tokens=prefill_tokens).generate([prompt], NEW_TOKENS)[0]

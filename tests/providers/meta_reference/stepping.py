@@ -1,0 +1,47 @@
+"""The engine's steps without its thread: scheduler and runner, taken in turn by the test itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+
+from llama_stack_meta_reference.inference.kv_cache import BlockPool
+from llama_stack_meta_reference.inference.runner import TorchRunner
+from llama_stack_meta_reference.inference.sampler import Sampler
+from llama_stack_meta_reference.inference.scheduler import Scheduler, Sequence
+from llama_stack_meta_reference.llama.model import Llama
+
+from llama_stack.apis.common import SamplingParams
+
+
+class Stepper:
+    """Greedy decoding of a real network through the paged cache."""
+
+    def __init__(self, model: Llama, *, blocks: int = 64, prefill_tokens: int = 512, max_sequences: int = 8) -> None:
+        self.runner = TorchRunner(model, blocks=blocks)
+        self.scheduler = Scheduler(
+            BlockPool(blocks), max_sequences=max_sequences, queue_size=100, prefill_tokens=prefill_tokens
+        )
+        self.steps = 0
+
+    def generate(self, prompts: Items[list[int]], new_tokens: int) -> list[list[int]]:
+        """The likeliest ``new_tokens`` tokens after each prompt, all at once."""
+        sequences = [
+            Sequence(tokens=list(prompt), limit=len(prompt) + new_tokens, sampler=Sampler(SamplingParams()))
+            for prompt in prompts
+        ]
+        for sequence in sequences:
+            self.scheduler.add([sequence])
+        while not self.scheduler.is_idle:
+            self.step()
+        return [sequence.tokens[len(prompt) :] for sequence, prompt in zip(sequences, prompts, strict=True)]
+
+    def step(self) -> None:
+        """One step for all."""
+        step = self.scheduler.plan()
+        picked = self.runner.run(step.batch).argmax(-1).tolist()
+        row = 0
+        for part in step.parts:
+            tokens, row = picked[row : row + part.sampled], row + part.sampled
+            if self.scheduler.settle(part, tokens) is not None:
+                self.scheduler.finish(part.sequence)
+        self.steps += 1
