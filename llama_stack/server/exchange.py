@@ -36,6 +36,7 @@ MAX_DEADLINE_MS = 600_000
 UNHURRIED_SECONDS = 0.01
 """A call that ends sooner is not watched for a client that leaves."""
 
+_METHODS = frozenset(("GET", "HEAD", "POST", "DELETE", "OPTIONS"))
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _ONCE_ONLY = frozenset(
     (
@@ -73,6 +74,7 @@ class Exchange:
         "bytes_in",
         "bytes_out",
         "code",
+        "has_begun",
         "headers",
         "id",
         "is_complete",
@@ -100,6 +102,8 @@ class Exchange:
         self.code = "ok"
         self.bytes_in = 0
         self.bytes_out = 0
+        self.has_begun = False
+        """Whether we have begun our answer; middlewares may hold it back, so that its status is not spent yet."""
         self.is_complete = False
         self.standard_headers: Headers = [
             (b"x-request-id", self.id.encode()),
@@ -123,6 +127,11 @@ class Exchange:
     def has_started(self) -> bool:
         """Whether the status is spent."""
         return self.status != 0
+
+    @property
+    def known_method(self) -> str:
+        """The method for log and metrics: ``other`` for one that no contract has, for clients may make any up."""
+        return self.method if self.method in _METHODS else "other"
 
     @property
     def has_body(self) -> bool:
@@ -247,6 +256,7 @@ class Exchange:
 
     async def begin(self, status: int, headers: Headers) -> None:
         """Send the status and the headers."""
+        self.has_begun = True
         if self._wrapped_send is not None:
             await self._wrapped_send({"type": "http.response.start", "status": status, "headers": headers})
             return

@@ -30,7 +30,7 @@ def log_exchange(exchange: Exchange, seconds: float) -> None:
     record = logging.LogRecord(access.name, logging.INFO, __file__, 0, "request", None, None)
     record.fields = {
         "id": exchange.id,
-        "method": exchange.method,
+        "method": exchange.known_method,
         "route": exchange.template,
         "status": exchange.status,
         "code": exchange.code,
@@ -72,9 +72,14 @@ class LineWriter(logging.Handler):
         self._thread.start()
 
     def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = self.format(record)
+        except Exception:
+            self.handleError(record)  # a log call with wrong arguments must not fail where it is made
+            return
         if len(self._lines) == MAX_WAITING_LINES:
             self._dropped += 1
-        self._lines.append(self.format(record))
+        self._lines.append(line)
         if not self._waiting.is_set():
             self._waiting.set()
 
@@ -91,6 +96,7 @@ class LineWriter(logging.Handler):
             self._closing.wait(0.02)  # lines of busy moments go out in one write
             self._waiting.clear()
             self._flush_lines()
+        self._flush_lines()  # what came during the last write
 
     def _flush_lines(self) -> None:
         lines = [self._lines.popleft() for _ in range(len(self._lines))]

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 MEDIA_TYPE = CONTENT_TYPE_LATEST.encode()
 _SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
-_METHODS = frozenset(("GET", "HEAD", "POST", "DELETE", "OPTIONS"))
 
 
 class Metrics:
@@ -46,7 +45,7 @@ class Metrics:
 
     def count(self, exchange: Exchange, seconds: float) -> None:
         """Count an exchange that is over."""
-        method = exchange.method if exchange.method in _METHODS else "other"
+        method = exchange.known_method
         key = (method, exchange.template, exchange.status, exchange.code)
         children = self._children.get(key)
         if children is None:

@@ -8,6 +8,7 @@ the spot.
 from __future__ import annotations
 
 import asyncio
+import errno
 import ipaddress
 import logging
 import os
@@ -30,12 +31,16 @@ from .log import logging_to_stderr
 from .protocol import Connections
 from .sites import bracketed
 
-SETTLE_SECONDS = 1.0
-"""How long requests that were ended may take to say so."""
+SETTLE_SECONDS = 0.75
+"""How long requests that were ended may take to say so, and what then clings may take to let go."""
 STOP_SECONDS = 3.0
-"""How long the providers may take to stop."""
+"""How long the providers may take to stop. With twice the above it stays below the five seconds that are promised."""
 
 _THREADS = "blocking"
+_NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+"""Why an address cannot be listened on that this machine does not have: localhost is ::1 also where IPv6 is off."""
+_GLANCE_SECONDS = 0.02
+"""How often it is looked whether what is waited for, and does not tell, has come."""
 
 log = logging.getLogger("llama_stack.server")
 Announce = Callable[[str], object]
@@ -85,12 +90,17 @@ class Listener:
         await self._server.listening.wait()
 
     async def drain(self) -> None:
-        """Refuse new work, and wait until what runs has finished or was ended."""
-        if self.app.traffic.is_draining:
-            return
+        """Refuse new work, and wait until what runs has finished or was ended, and its answers are taken."""
+        loop = asyncio.get_running_loop()
+        ends = loop.time() + self._seconds + SETTLE_SECONDS
         left = await self.app.traffic.drain(self._seconds, settle_seconds=SETTLE_SECONDS)
         if left:
             log.error("%d requests did not end in time and are cut off", left)
+        while self.connections.is_sending:
+            if loop.time() > ends:
+                log.error("answers that their clients did not take in time are cut off")
+                break
+            await asyncio.sleep(_GLANCE_SECONDS)
 
     async def close(self) -> None:
         """Close every connection and stop listening."""
@@ -138,15 +148,21 @@ def bind(config: ServerConfig) -> list[socket.socket]:
             "or listen on 127.0.0.1"
         )
     sockets: list[socket.socket] = []
+    absent = ""
     for family, address in addresses:
         chosen = sockets[0].getsockname()[1] if sockets else port
         try:
             sockets.append(_bound(family, (str(address[0]), chosen, *address[2:])))
         except OSError as error:
+            if error.errno in _NOT_HERE:
+                absent = str(error.strerror)
+                continue
             for opened in sockets:
                 opened.close()
             what = f"cannot listen on {bracketed(host)}:{port}: {error.strerror}; choose another server.port"
             raise SetupError(what) from error
+    if not sockets:
+        raise SetupError(f"cannot listen on {host!r}: {absent}; set server.host to an address of this machine")
     return sockets
 
 
@@ -196,11 +212,8 @@ class _Server(uvicorn.Server):
             listening.close()
         for connection in tuple(self.server_state.connections):
             connection.shutdown()
-        tasks = tuple(self.server_state.tasks)
-        if tasks:
-            _, unfinished = await asyncio.wait(tasks, timeout=SETTLE_SECONDS)
-            for task in unfinished:
-                task.cancel()
+        for task in tuple(self.server_state.tasks):
+            task.cancel()
         await asyncio.sleep(0)  # connections that were closed say so in the next turn
         self._connections.abort()
 
@@ -212,14 +225,21 @@ class _Server(uvicorn.Server):
 async def _serve(stack: Stack, config: ServerConfig, on_ready: Announce | None) -> int:
     threads = ThreadPoolExecutor(thread_name_prefix=_THREADS)
     asyncio.get_running_loop().set_default_executor(threads)
+    refusal: SetupError | None = None
     try:
         code = await _serve_until_told(stack, config, on_ready)
+    except SetupError as error:
+        code, refusal = 1, error
     finally:
         threads.shutdown(wait=False, cancel_futures=True)
     if await _something_clings():
+        if refusal is not None:
+            log.critical("%s", refusal.detail)  # nobody else will have the time to say it
         log.error("work that does not end is left behind")
         logging.shutdown()
         os._exit(code)  # asyncio and the interpreter would wait for it for ever
+    if refusal is not None:
+        raise refusal
     return code
 
 
@@ -235,8 +255,6 @@ async def _serve_until_told(stack: Stack, config: ServerConfig, on_ready: Announ
                 log.critical("the store failed and cannot be trusted; the server ends, and its next start recovers it")
             told.cancel()
             failed.cancel()
-            if not holder.done():
-                await listener.drain()
         return max(await _ended(holder), int(has_failed))
 
 
@@ -264,16 +282,18 @@ async def _ended(holder: asyncio.Task[None]) -> int:
 
 async def _something_clings() -> bool:
     """Whether a task goes on though it was cancelled, or a thread that was handed work does not come back."""
+    loop = asyncio.get_running_loop()
+    ends = loop.time() + SETTLE_SECONDS
     tasks = asyncio.all_tasks() - {asyncio.current_task()}
     for task in tasks:
         task.cancel()
     if tasks and (await asyncio.wait(tasks, timeout=SETTLE_SECONDS))[1]:
         return True
-    for _ in range(20):
-        if not any(thread.name.startswith(_THREADS) for thread in threading.enumerate()):
-            return False
-        await asyncio.sleep(SETTLE_SECONDS / 20)
-    return True
+    while any(thread.name.startswith(_THREADS) for thread in threading.enumerate()):
+        if loop.time() > ends:
+            return True
+        await asyncio.sleep(_GLANCE_SECONDS)
+    return False
 
 
 @contextmanager

@@ -288,6 +288,11 @@ class Connections:
         if not self._of_address[connection.address]:
             del self._of_address[connection.address]
 
+    @property
+    def is_sending(self) -> bool:
+        """Whether there is a client that has yet to take some of its answer."""
+        return any(connection.transport.get_write_buffer_size() for connection in self)
+
     async def watch(self) -> None:
         """Enforce the time limits until cancelled."""
         limits = self.limits

@@ -91,7 +91,7 @@ class Routes:
         try:
             await self._serve(exchange, *found)
         except Exception as error:
-            if exchange.has_started or isinstance(error, ClientGoneError):
+            if exchange.has_begun or isinstance(error, ClientGoneError):
                 raise
             note_failure(exchange, error)  # so that middlewares see an answer, as clients do
             await exchange.answer_error(error)

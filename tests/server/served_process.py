@@ -1,8 +1,8 @@
-"""A stub served by ``serve`` in a process of its own, as a script: ``served_process.py SERVER-JSON STUB-JSON [MOOD]``.
+"""A stub served by ``serve`` in a process of its own, as a script: ``served_process.py SERVER-JSON STUB-JSON [MOODS]``.
 
-Prints the address when it is ready, and after it the heavy modules that are loaded. A mood makes the provider do what
-it must not: ``hangs``, ``blocks`` a thread or ``fails`` in its start, ``clings`` to its work when it is cancelled,
-``lingers`` in its stop.
+Prints the address when it is ready, and after it the heavy modules that are loaded. Moods, joined by ``+``, make the
+provider do what it must not: ``hangs``, ``blocks`` a thread or ``fails`` in its start, ``clings`` to its work when it
+is cancelled, leaves a thread that is ``stuck`` behind, ``lingers`` in its stop.
 """
 
 from __future__ import annotations
@@ -39,30 +39,34 @@ class Clinging(StubInference):
 
 
 class Moody:
-    def __init__(self, mood: str) -> None:
-        self.mood = mood
+    def __init__(self, moods: str) -> None:
+        self.moods = moods.split("+")
 
     @hookimpl
     def llama_stack_providers(self) -> list[ProviderSpec]:
         @asynccontextmanager
         async def start(config: StubConfig) -> AsyncIterator[Inference]:
-            if self.mood == "hangs":
+            if "hangs" in self.moods:
                 print("starting", flush=True)
                 await asyncio.sleep(600)
-            if self.mood == "blocks":
+            if "stuck" in self.moods and "fails" in self.moods:
+                print("starting", flush=True)
+            if "stuck" in self.moods:
+                asyncio.get_running_loop().run_in_executor(None, time.sleep, 600)
+            if "blocks" in self.moods:
                 print("starting", flush=True)
                 await asyncio.to_thread(time.sleep, 600)
-            if self.mood == "fails":
+            if "fails" in self.moods:
                 raise UpstreamError("the engine does not answer")
-            yield Clinging(config) if self.mood == "clings" else StubInference(config)
-            if self.mood == "lingers":
+            yield Clinging(config) if "clings" in self.moods else StubInference(config)
+            if "lingers" in self.moods:
                 await asyncio.sleep(600)
 
         return [ProviderSpec(api=Inference, name="stub", config=StubConfig, start=start)]
 
 
 def main() -> int:
-    server, config, *mood = sys.argv[1:]
+    server, config, *moods = sys.argv[1:]
     distribution = Distribution.model_validate(
         {
             "version": 1,
@@ -71,7 +75,7 @@ def main() -> int:
             "server": {"port": 0, **json.loads(server)},
         }
     )
-    stack = Stack(distribution, Registry(discover(extra=[Moody(mood[0] if mood else "")])))
+    stack = Stack(distribution, Registry(discover(extra=[Moody("+".join(moods))])))
     try:
         return serve(stack, on_ready=lambda url: print(url, *(set(HEAVY) & set(sys.modules)), flush=True))
     except StackError as error:

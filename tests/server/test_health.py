@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import logging
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -17,7 +19,7 @@ from llama_stack.errors import NotFoundError, ProviderStartError, UpstreamError
 from llama_stack.plugins import ProviderSpec, discover, hookimpl
 from llama_stack.registry import Registry
 from llama_stack.server import create_app
-from llama_stack.server.log import JsonFormatter
+from llama_stack.server.log import JsonFormatter, LineWriter
 from llama_stack.stack import Stack, running
 from llama_stack.testing.stub_inference import StubInference
 from tests.server.serving import CHAT, CHAT_PATH, Serving, problem_of, serving, stub_stack
@@ -158,7 +160,7 @@ async def test_every_request_is_one_log_line_without_content(served: Serving, ca
     body = {"model": "stub", "dialog": {"message": {"role": "user", "content": "canary-body"}}}
     headers = {"x-request-id": "r-1", "authorization": "Bearer canary-key", "x-other": "canary-header"}
     await served.client.post(CHAT_PATH, json=body, headers=headers)
-    await served.client.get("/canary-path?canary=query", headers={"x-request-id": "r-2"})
+    await served.client.request("CANARY-METHOD", "/canary-path?canary=query", headers={"x-request-id": "r-2"})
     served.stub.failure = NotFoundError("canary-detail")
     await served.client.post(CHAT_PATH, json=body, headers={"x-request-id": "r-3"})
     records = [record for record in caplog.records if record.name == "llama_stack.access"]
@@ -173,13 +175,44 @@ async def test_every_request_is_one_log_line_without_content(served: Serving, ca
     )
     assert lines[0]["bytes_in"] > 0
     assert lines[0]["duration_ms"] >= 0
-    assert "canary" not in json.dumps(lines)
+    assert [line["method"] for line in lines] == ["POST", "other", "POST"]
+    assert "canary" not in json.dumps(lines).lower()
 
 
 async def test_log_line_keeps_to_one_line_whatever_is_logged() -> None:
     """A line break in a message would let a client forge a line."""
     record = logging.LogRecord("llama_stack.server", logging.ERROR, "", 0, 'first\n{"level":"info"}', None, None)
     assert len(JsonFormatter().format(record).splitlines()) == 1
+
+
+async def test_wrong_log_call_does_not_fail_where_it_is_made(capsys: pytest.CaptureFixture[str]) -> None:
+    """As with every handler of the standard library: a provider's slip in a message must not end its request."""
+    writer = LineWriter(io.StringIO())
+    writer.handle(logging.LogRecord("llama_stack.x", logging.ERROR, "", 0, "%d", ("x",), None))
+    writer.close()
+    assert "--- Logging error ---" in capsys.readouterr().err
+
+
+async def test_last_lines_are_written_though_stderr_is_slow() -> None:
+    """Why a process ended is said in its last lines."""
+    writing, may_go_on = threading.Event(), threading.Event()
+
+    class Slow(io.StringIO):
+        def write(self, text: str) -> int:
+            writing.set()
+            may_go_on.wait()
+            return super().write(text)
+
+    stream = Slow()
+    writer = LineWriter(stream)
+    writer.handle(logging.LogRecord("llama_stack.x", logging.ERROR, "", 0, "first", None, None))
+    await asyncio.to_thread(writing.wait)
+    writer.handle(logging.LogRecord("llama_stack.x", logging.ERROR, "", 0, "last", None, None))
+    closing = asyncio.create_task(asyncio.to_thread(writer.close))
+    await asyncio.sleep(0.05)
+    may_go_on.set()
+    await closing
+    assert [json.loads(line)["message"] for line in stream.getvalue().splitlines()] == ["first", "last"]
 
 
 async def test_app_can_be_made_before_the_stack_starts() -> None:

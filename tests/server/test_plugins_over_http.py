@@ -16,13 +16,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llama_stack.apis import Config, Inference, NoConfig
 from llama_stack.distribution import Distribution
-from llama_stack.errors import ModelNotFoundError
+from llama_stack.errors import EngineRestartedError, ModelNotFoundError
 from llama_stack.plugins import FaceSpec, MiddlewareSpec, discover, hookimpl
 from llama_stack.registry import Registry
 from llama_stack.server import listening
 from llama_stack.stack import Stack, running
 from llama_stack.testing.stub_inference import StubPlugin
-from tests.server.serving import Serving, problem_of, serving
+from tests.server.serving import CHAT, Serving, problem_of, serving
 
 pytestmark = pytest.mark.anyio
 
@@ -122,11 +122,27 @@ class Plugin:
 
             return tagged
 
-        return [MiddlewareSpec(name="tag", wrap=wrap, config=Tag)]
+        def wrap_whole(app: ASGIApp, config: NoConfig) -> ASGIApp:
+            async def whole(scope: Scope, receive: Receive, send: Send) -> None:
+                held: list[Any] = []
+
+                async def hold(message: Any) -> None:
+                    held.append(message)
+
+                await app(scope, receive, hold)
+                for message in held:
+                    await send(message)
+
+            return whole
+
+        return [
+            MiddlewareSpec(name="tag", wrap=wrap, config=Tag),
+            MiddlewareSpec(name="whole", wrap=wrap_whole, config=NoConfig),
+        ]
 
 
 @asynccontextmanager
-async def with_plugin(**limits: float) -> AsyncIterator[tuple[Plugin, Serving]]:
+async def with_plugin(*, whole: bool = False, **limits: float) -> AsyncIterator[tuple[Plugin, Serving]]:
     plugin, stub = Plugin(), StubPlugin()
     distribution = Distribution.model_validate(
         {
@@ -137,6 +153,7 @@ async def with_plugin(**limits: float) -> AsyncIterator[tuple[Plugin, Serving]]:
             "middleware": [
                 {"middleware": "tag", "config": {"tag": "outer"}},
                 {"middleware": "tag", "config": {"tag": "inner"}},
+                *([{"middleware": "whole"}] * whole),
             ],
             "server": {"port": 0, "limits": limits},
         }
@@ -292,6 +309,18 @@ async def test_middlewares_wrap_every_route_in_their_order() -> None:
             assert len([name for name, _ in response.headers.multi_items() if name == "x-request-id"]) == 1
         response = await served.client.post("/inference/chat_completion", json={})
         assert (problem_of(response)["status"], response.headers.get_list("x-tag")) == (422, ["inner", "outer"])
+
+
+async def test_list_that_fails_behind_a_middleware_that_holds_it_back_is_one_problem() -> None:
+    """The middleware has the status of a success in hand; a second one sent through it would make a mixture of both."""
+    async with with_plugin(whole=True) as (_, served):
+        served.stub.permits = asyncio.Semaphore(4)
+        body = {"model": "stub", "batch_dialogs": [CHAT["dialog"]] * 2}
+        posting = asyncio.create_task(served.client.post("/inference/batch_chat_completion", json=body))
+        await served.stub.until(steps=4)
+        served.stub.failure = EngineRestartedError("the engine restarts")
+        served.stub.permits.release()
+        assert problem_of(await posting)["error"]["code"] == "engine_restarted"
 
 
 async def test_faces_are_in_the_document_of_extensions() -> None:

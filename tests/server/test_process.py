@@ -16,11 +16,14 @@ from typing import Any
 
 import httpx2
 import pytest
+from fastapi import Response
 
 from llama_stack.distribution import ServerConfig
 from llama_stack.errors import SetupError
+from llama_stack.server import listening
 from llama_stack.server.process import bind
-from tests.server.serving import CHAT, CHAT_PATH, check_problem, problem_of
+from llama_stack.stack import running
+from tests.server.serving import CHAT, CHAT_PATH, check_problem, problem_of, stub_stack
 
 pytestmark = pytest.mark.anyio
 
@@ -155,6 +158,25 @@ async def test_many_streams_at_the_end_of_the_drain_all_get_their_event() -> Non
         assert await server.exit_code() == 0
 
 
+async def test_answer_that_is_on_its_way_is_not_cut_by_the_drain() -> None:
+    """The handler has ended long before the client has taken what it wrote."""
+    size = 20_000_000  # more than the kernel's buffers hold
+    stack, _ = stub_stack()
+    async with running(stack):
+        async with listening(stack) as listener:
+
+            @listener.app.get("/large")
+            async def large() -> Response:
+                return Response(b"x" * size)
+
+            reader, writer = await asyncio.open_connection("127.0.0.1", listener.port)
+            writer.write(b"GET /large HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            await reader.readuntil(b"\r\n\r\n")
+            taking = asyncio.create_task(reader.readexactly(size))
+        assert len(await taking) == size
+        writer.close()
+
+
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 async def test_second_signal_ends_the_process_on_the_spot(second: signal.Signals) -> None:
     """An operator who presses Ctrl-C twice has waited enough."""
@@ -201,12 +223,26 @@ async def test_provider_that_does_not_stop_is_an_unclean_exit() -> None:
         assert any("did not stop within" in line["message"] for line in await server.log())
 
 
-async def test_provider_that_does_not_start_ends_the_server() -> None:
-    """With the reason on stderr, for the operator to act on."""
-    async with process(mood="fails") as server:
+async def test_provider_that_does_everything_wrong_does_not_keep_the_process() -> None:
+    """The bound on the exit is for all of it together."""
+    async with process(mood="clings+stuck+lingers", drain_seconds=0.3) as server:
+        running = asyncio.create_task(server.client.post(CHAT_PATH, json=CHAT))
+        while "llama_stack_requests_running 2.0" not in (await server.client.get("/metrics")).text:
+            await asyncio.sleep(0)
+        server.signal(signal.SIGTERM)
+        exiting = asyncio.create_task(server.exit_code())
+        with pytest.raises(httpx2.TransportError):
+            await running
+        assert await exiting == 1
+
+
+@pytest.mark.parametrize("mood", ["fails", "stuck+fails"])
+async def test_provider_that_does_not_start_ends_the_server(mood: str) -> None:
+    """With the reason on stderr, for the operator to act on, whatever the start has left behind."""
+    async with process(mood=mood, drain_seconds=1) as server:
         assert await server.exit_code() == 1
         assert server.child.stderr is not None
-        assert b"error: provider 'stub' of 'inference' did not start: the engine" in await server.child.stderr.read()
+        assert b"provider 'stub' of 'inference' did not start: the engine" in await server.child.stderr.read()
 
 
 async def test_server_with_a_stub_is_light() -> None:
@@ -245,6 +281,21 @@ async def test_listening_to_other_machines_takes_a_word_of_the_operator(host: st
         bind(ServerConfig(host=host, port=0))
     for opened in bind(ServerConfig(host=host, port=0, allowed_hosts=("llama.example",))):
         opened.close()
+
+
+async def test_address_of_another_machine_is_refused() -> None:
+    """Another port would not help."""
+    with pytest.raises(SetupError, match=r"cannot listen on '192.0.2.1': .*; set server.host"):
+        bind(ServerConfig(host="192.0.2.1", port=0, allowed_hosts=("llama.example",)))
+
+
+async def test_name_with_an_address_that_is_not_here_is_listened_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """localhost means ::1 too, and many containers have no IPv6."""
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, 0)) for host in ("192.0.2.1", "127.0.0.1")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    (opened,) = bind(ServerConfig(host="localhost", port=0, allowed_hosts=("llama.example",)))
+    assert opened.getsockname()[0] == "127.0.0.1"
+    opened.close()
 
 
 async def test_unknown_host_is_refused() -> None:
