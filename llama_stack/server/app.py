@@ -18,7 +18,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..apis import APIS
 from ..distribution import ServerConfig
-from ..errors import FieldFault, MethodNotAllowedError, RouteNotFoundError, StackError, nearest
+from ..errors import (
+    FieldFault,
+    MalformedJsonError,
+    MethodNotAllowedError,
+    RouteNotFoundError,
+    StackError,
+    TooLargeError,
+    nearest,
+)
 from ..stack import Stack
 from .errors import of_status, problem_bytes, problem_headers, shown
 from .exchange import KEY, Exchange
@@ -105,8 +113,8 @@ class StackApp(FastAPI):
             return of_faults([_fault(detail) for detail in error.errors()])
         if not isinstance(error, HTTPException):
             return error
-        if isinstance(error.__cause__, StackError):  # the framework says 400 of whatever is raised while it reads
-            return error.__cause__
+        if isinstance(error.__cause__, MalformedJsonError | TooLargeError):
+            return error.__cause__  # raised in reading the body, of which FastAPI says only that it failed
         if error.status_code == 404 and not is_routed:
             path = exchange.path[:200]
             return RouteNotFoundError(f"there is nothing at {path}{nearest(path, self._routes.paths)}")

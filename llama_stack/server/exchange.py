@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
 
@@ -198,9 +199,18 @@ class Exchange:
         if not self.has_body:
             self.watch_unhurried()
 
-    def go_through(self, receive: Receive, send: Send) -> None:
-        """Read and answer through the middlewares that wrapped these around our own ``receive`` and ``send``."""
-        self._wrapped_receive, self._wrapped_send = receive, send
+    @contextmanager
+    def through(self, receive: Receive, send: Send) -> Iterator[None]:
+        """Read and answer through the middlewares that wrapped these around our own ``receive`` and ``send``.
+
+        For the length of the block it is this task that ``interrupt`` ends, for a middleware may have made another one.
+        """
+        outer = self._task
+        self._wrapped_receive, self._wrapped_send, self._task = receive, send, asyncio.current_task()
+        try:
+            yield
+        finally:
+            self._task = outer
 
     def go_around(self) -> None:
         """Answer without the middlewares, because the failure to be answered has passed through them already."""
@@ -229,6 +239,9 @@ class Exchange:
                 if self._disarm is not None:
                     self._disarm()
                 self.watch_unhurried()
+        else:
+            self.interrupt(ClientGoneError())
+            await asyncio.sleep(0)  # here it takes effect, before a framework makes an error of its own out of it
         return message
 
     async def send(self, message: Message) -> None:

@@ -131,7 +131,7 @@ async def _stream(
         except (asyncio.CancelledError, Exception, SystemExit) as caught:
             error = exchange.interruption() if isinstance(caught, asyncio.CancelledError) else caught
             if isinstance(error, ClientGoneError) or not has_error_slot:
-                raise error from None
+                raise error  # noqa: B904  # what it was raised from stays with it, for the log
             note_failure(exchange, error)
             problem = problem_bytes(error, exchange.id)
             await exchange.write(b"event: error\n" * (form is Form.EVENTS) + form.next + problem + form.after)

@@ -6,6 +6,7 @@ redirected (spec rule G16).
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import Executor
 from inspect import isawaitable
@@ -87,14 +88,15 @@ class Routes:
         if not self._is_wrapped:
             await self._serve(exchange, *found)
             return
-        exchange.go_through(receive, send)
-        try:
-            await self._serve(exchange, *found)
-        except Exception as error:
-            if exchange.has_begun or isinstance(error, ClientGoneError):
-                raise
-            note_failure(exchange, error)  # so that middlewares see an answer, as clients do
-            await exchange.answer_error(error)
+        with exchange.through(receive, send):
+            try:
+                await self._serve(exchange, *found)
+            except (asyncio.CancelledError, Exception, SystemExit) as caught:
+                error = exchange.interruption() if isinstance(caught, asyncio.CancelledError) else caught
+                if exchange.has_begun or isinstance(error, ClientGoneError):
+                    raise error  # noqa: B904  # what it was raised from stays with it, for the log
+                note_failure(exchange, error)  # so that middlewares see an answer, as clients do
+                await exchange.answer_error(error)
 
     async def _serve(self, exchange: Exchange, template: str, methods: dict[str, Endpoint]) -> None:
         exchange.template = template

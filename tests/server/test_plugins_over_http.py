@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -10,8 +11,9 @@ from typing import Any
 
 import httpx2
 import pytest
-from fastapi import APIRouter, HTTPException, Request
+from fastapi import APIRouter, HTTPException, Request, Response
 from fastapi.responses import StreamingResponse
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llama_stack.apis import Config, Inference, NoConfig
@@ -22,7 +24,7 @@ from llama_stack.registry import Registry
 from llama_stack.server import listening
 from llama_stack.stack import Stack, running
 from llama_stack.testing.stub_inference import StubPlugin
-from tests.server.serving import CHAT, Serving, problem_of, serving
+from tests.server.serving import CHAT, CHAT_PATH, Serving, check_problem, problem_of, serving
 
 pytestmark = pytest.mark.anyio
 
@@ -135,14 +137,21 @@ class Plugin:
 
             return whole
 
+        async def passed_on(request: Request, call_next: RequestResponseEndpoint) -> Response:
+            return await call_next(request)
+
+        def wrap_in_a_task(app: ASGIApp, config: NoConfig) -> ASGIApp:
+            return BaseHTTPMiddleware(app, passed_on)
+
         return [
+            MiddlewareSpec(name="task", wrap=wrap_in_a_task, config=NoConfig),
             MiddlewareSpec(name="tag", wrap=wrap, config=Tag),
             MiddlewareSpec(name="whole", wrap=wrap_whole, config=NoConfig),
         ]
 
 
 @asynccontextmanager
-async def with_plugin(*, whole: bool = False, **limits: float) -> AsyncIterator[tuple[Plugin, Serving]]:
+async def with_plugin(*, inmost: str | None = None, **limits: float) -> AsyncIterator[tuple[Plugin, Serving]]:
     plugin, stub = Plugin(), StubPlugin()
     distribution = Distribution.model_validate(
         {
@@ -153,7 +162,7 @@ async def with_plugin(*, whole: bool = False, **limits: float) -> AsyncIterator[
             "middleware": [
                 {"middleware": "tag", "config": {"tag": "outer"}},
                 {"middleware": "tag", "config": {"tag": "inner"}},
-                *([{"middleware": "whole"}] * whole),
+                *([{"middleware": inmost}] if inmost else []),
             ],
             "server": {"port": 0, "limits": limits},
         }
@@ -311,9 +320,53 @@ async def test_middlewares_wrap_every_route_in_their_order() -> None:
         assert (problem_of(response)["status"], response.headers.get_list("x-tag")) == (422, ["inner", "outer"])
 
 
+async def test_interruption_reaches_work_that_a_middleware_runs_in_a_task_of_its_own() -> None:
+    """As Starlette's own base class does: a deadline is still an event or a 504, and who leaves is noticed."""
+    async with with_plugin(inmost="task") as (_, served):
+        served.stub.permits = asyncio.Semaphore(2)
+        headers = {"x-deadline-ms": "200"}
+        response = await served.client.post(CHAT_PATH, json={**CHAT, "stream": True}, headers=headers)
+        check_problem(json.loads(response.text.partition("event: error\ndata: ")[2]), 504)
+        response = await served.client.post(CHAT_PATH, json=CHAT, headers=headers)
+        assert (problem_of(response)["status"], response.headers.get_list("x-tag")) == (504, ["inner", "outer"])
+        served.stub.permits, served.stub.failure = None, SystemExit(3)  # which would end the event loop from there
+        assert problem_of(await served.client.post(CHAT_PATH, json=CHAT))["status"] == 500
+        served.stub.permits, served.stub.failure = asyncio.Semaphore(0), None
+        for body in (CHAT, {**CHAT, "stream": True}):
+            stopped, running = served.stub.stopped, served.listener.app.traffic
+            client = await served.connect()
+            await client.post(CHAT_PATH, body)
+            while not running.running:
+                await asyncio.sleep(0)
+            client.abort()
+            await served.stub.until(stopped=stopped + 1)
+            while running.running:
+                await asyncio.sleep(0)
+        metrics = (await served.client.get("/metrics")).text
+        assert f'code="client_gone",method="POST",route="{CHAT_PATH}",status="499"}} 2.0' in metrics
+
+
+@pytest.mark.parametrize("path", ["/v1/size", "/v1/sum"])
+async def test_client_that_leaves_in_the_middle_of_its_body_is_no_failure(path: str) -> None:
+    """Nobody is left to be told, and nothing was wrong on our side."""
+    async with with_plugin() as (_, served):
+        client = await served.connect()
+        head = (
+            f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{{"
+        )
+        await client.send(head.encode())
+        while not served.listener.app.traffic.running:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.05)
+        client.abort()
+        while served.listener.app.traffic.running:
+            await asyncio.sleep(0)
+        assert f'code="client_gone",method="POST",route="{path}"' in (await served.client.get("/metrics")).text
+
+
 async def test_list_that_fails_behind_a_middleware_that_holds_it_back_is_one_problem() -> None:
     """The middleware has the status of a success in hand; a second one sent through it would make a mixture of both."""
-    async with with_plugin(whole=True) as (_, served):
+    async with with_plugin(inmost="whole") as (_, served):
         served.stub.permits = asyncio.Semaphore(4)
         body = {"model": "stub", "batch_dialogs": [CHAT["dialog"]] * 2}
         posting = asyncio.create_task(served.client.post("/inference/batch_chat_completion", json=body))

@@ -149,6 +149,20 @@ async def test_late_error_of_a_list_cuts_the_connection(served: Serving, accept:
     assert json.loads(received.strip(b"[]\n"))["content"] == "Hello from the stub."
 
 
+async def test_late_error_of_a_list_is_logged_with_its_cause(served: Serving, caplog: pytest.LogCaptureFixture) -> None:
+    """What is our bug is logged in full, and the reason often stands in what the exception was raised from."""
+    served.stub.permits = asyncio.Semaphore(4)
+    async with served.client.stream("POST", BATCH_PATH, json=BATCH) as response:
+        items = response.aiter_bytes()
+        await anext(items)
+        served.stub.failure = OSError("what")
+        served.stub.failure.__cause__ = KeyError("why")
+        served.stub.permits.release()
+        with pytest.raises(httpx2.RemoteProtocolError):
+            await anext(items)
+    assert "KeyError: 'why'" in caplog.text
+
+
 async def test_late_failures_count_as_failures(served: Serving) -> None:
     """A stream that dies must not count as a success because its status was 200."""
     served.stub.failure, served.stub.fail_at = EngineRestartedError("the engine restarts"), 2
