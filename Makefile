@@ -11,7 +11,7 @@ PROJECTS := $(wildcard providers/*/pyproject.toml)
 TORCH := torch==2.13.0
 ARGS ?=
 
-.PHONY: setup run test lint tiny bench-server bench-footprint clean help
+.PHONY: setup run test simulate lint tiny bench-server bench-footprint clean help
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -21,6 +21,9 @@ run: $(VENV)/.run ## start the tiny distribution on 127.0.0.1:8321 (ARGS="--port
 
 test: $(VENV)/.test ## run the whole suite (ARGS="-k name" and the like are passed on)
 	@$(VENV)/bin/python -m pytest -n 2 --dist worksteal -q $(ARGS)
+
+simulate: $(VENV)/.test ## 10,000 random histories of the engine's scheduler and cache, of which make test has 500
+	@LLAMA_STACK_SIMULATIONS=10000 $(VENV)/bin/python -m pytest -n 2 -q tests/providers/meta_reference/inference/test_simulation.py
 
 lint: $(VENV)/.test ## ruff and mypy, as CI runs them
 	@$(VENV)/bin/ruff format --check .

@@ -80,6 +80,7 @@ def new_engine(
     max_sequences: int = 4,
     queue_size: int = 256,
     prefill_tokens: int = 512,
+    lookup_tokens: int = 0,
 ) -> Engine:
     """An engine for 4 sequences of the model's whole context, unless told otherwise."""
     context = context or model.config.max_context
@@ -93,4 +94,5 @@ def new_engine(
         max_sequences=max_sequences,
         queue_size=queue_size,
         prefill_tokens=prefill_tokens,
+        lookup_tokens=lookup_tokens,
     )

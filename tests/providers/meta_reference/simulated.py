@@ -1,7 +1,8 @@
 """A network that is a pure function of its context, over the memory of a paged cache: what it answers can be known.
 
-It writes the token ids themselves where a real one writes keys and values, and reads its context back through the
-tables, so that any mistake with blocks changes the context, and with it the answer.
+Where a real one writes keys and values, it writes the token and a digest of all the text up to it, for these follow
+from the whole text too. It reads its context back through the tables, so any mistake with blocks fails an assertion or
+changes the answer.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from torch import Tensor
 
 VOCABULARY = 8
 STOP = 7
-_BLANK = 255
 
 
 def following(context: bytes) -> int:
@@ -42,7 +42,9 @@ class SimulatedRunner:
         self.block_tokens = block_tokens
         self.device = torch.device("cpu")
         self.fault: Exception | None = None
-        self._blocks = [bytearray([_BLANK] * block_tokens) for _ in range(blocks)]
+        self._slots: list[tuple[int, int]] = []
+        self._blocks = blocks
+        self.reset()
 
     def run(self, batch: Batch) -> Tensor:
         """See ``Runner``."""
@@ -51,32 +53,39 @@ class SimulatedRunner:
 
     def tokens(self, batch: Batch) -> list[int]:
         """The likeliest token after each place of ``batch.sampled``. Raises ``fault`` in the middle of its work."""
-        size, first, sampled = self.block_tokens, 0, []
-        wanted = set(batch.sampled)
+        first = 0
         for start, count, table in zip(batch.starts, batch.counts, batch.tables, strict=True):
-            for offset in range(count):
-                block, place = divmod(start + offset, size)
-                self._blocks[table[block]][place] = batch.tokens[first + offset]
+            digest = self._slots[self._slot(table, start - 1)][1] if start else 0
+            for offset, token in enumerate(batch.tokens[first : first + count]):
+                digest = crc32(bytes((token,)), digest)
+                self._slots[self._slot(table, start + offset)] = token, digest
             first += count
         if self.fault is not None:
             fault, self.fault = self.fault, None
             raise fault
-        first = 0
+        first, sampled, wanted = 0, [], set(batch.sampled)
+        assert all(one < next_one for one, next_one in pairwise(batch.sampled))
         for start, count, table in zip(batch.starts, batch.counts, batch.tables, strict=True):
             text = self.text(table, start + count)
-            sampled += [following(text[: start + offset + 1]) for offset in range(count) if first + offset in wanted]
+            sampled += [following(text[: start + place + 1]) for place in range(count) if first + place in wanted]
             first += count
-        assert all(a < b for a, b in pairwise(batch.sampled))
         return sampled
 
     def text(self, table: list[int], length: int) -> bytes:
-        """What a sequence finds in its blocks."""
-        return b"".join(self._blocks[block] for block in table)[:length]
+        """What a sequence finds in its blocks: its text, each token computed with this text before it."""
+        slots = [self._slots[self._slot(table, place)] for place in range(length)]
+        digest = 0
+        for token, known in slots:
+            digest = crc32(bytes((token,)), digest)
+            assert known == digest, "keys and values of another text"
+        return bytes(token for token, _ in slots)
 
     def reset(self) -> None:
         """See ``Runner``."""
-        for block in self._blocks:
-            block[:] = bytes([_BLANK] * self.block_tokens)
+        self._slots = [(255, -1)] * (self._blocks * self.block_tokens)
 
     def close(self) -> None:
         """See ``Runner``."""
+
+    def _slot(self, table: list[int], place: int) -> int:
+        return table[place // self.block_tokens] * self.block_tokens + place % self.block_tokens

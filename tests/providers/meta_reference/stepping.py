@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Items
 
 from llama_stack_meta_reference.inference.kv_cache import BlockPool
+from llama_stack_meta_reference.inference.lookup import PromptLookup
 from llama_stack_meta_reference.inference.runner import TorchRunner
 from llama_stack_meta_reference.inference.sampler import Sampler
 from llama_stack_meta_reference.inference.scheduler import Scheduler, Sequence
@@ -16,17 +17,29 @@ from llama_stack.apis.common import SamplingParams
 class Stepper:
     """Greedy decoding of a real network through the paged cache."""
 
-    def __init__(self, model: Llama, *, blocks: int = 64, prefill_tokens: int = 512, max_sequences: int = 8) -> None:
+    def __init__(
+        self,
+        model: Llama,
+        *,
+        blocks: int = 64,
+        prefill_tokens: int = 512,
+        max_sequences: int = 8,
+        lookup_tokens: int = 0,
+    ) -> None:
         self.runner = TorchRunner(model, blocks=blocks)
         self.scheduler = Scheduler(
-            BlockPool(blocks), max_sequences=max_sequences, queue_size=100, prefill_tokens=prefill_tokens
+            BlockPool(blocks),
+            max_sequences=max_sequences,
+            queue_size=100,
+            prefill_tokens=prefill_tokens,
+            lookup_tokens=lookup_tokens,
         )
         self.steps = 0
 
     def generate(self, prompts: Items[list[int]], new_tokens: int) -> list[list[int]]:
         """The likeliest ``new_tokens`` tokens after each prompt, all at once."""
         sequences = [
-            Sequence(tokens=list(prompt), limit=len(prompt) + new_tokens, sampler=Sampler(SamplingParams()))
+            Sequence(list(prompt), len(prompt) + new_tokens, Sampler(SamplingParams()), drafter=PromptLookup())
             for prompt in prompts
         ]
         for sequence in sequences:

@@ -23,6 +23,7 @@ from llama_stack.apis.common import SamplingParams, StopReason
 from llama_stack.errors import DrainingError, EngineRestartedError, OverloadedError, StackError
 
 from .kv_cache import BlockPool, blocks_for
+from .lookup import PromptLookup
 from .runner import Runner
 from .sampler import SampledToken, Sampler, sample
 from .scheduler import NOT_FINITE, End, Scheduler, Sequence, Step
@@ -107,6 +108,7 @@ class Engine:
         max_sequences: int = 32,
         queue_size: int = 256,
         prefill_tokens: int = 512,
+        lookup_tokens: int = 0,
         prefix_reuse: bool = True,
         name: str = "model",
     ) -> None:
@@ -125,6 +127,7 @@ class Engine:
             max_sequences=max_sequences,
             queue_size=queue_size,
             prefill_tokens=prefill_tokens,
+            lookup_tokens=lookup_tokens,
             prefix_reuse=prefix_reuse,
         )
         self._tickets: dict[Sequence, Ticket] = {}
@@ -205,12 +208,14 @@ class Engine:
         prompt_tokens = len(generation.prompt)
         room = self.context - prompt_tokens
         assert 0 < prompt_tokens < self.context, "the caller refuses prompts that do not fit"
+        sampler = Sampler(generation.sampling)
         return Sequence(
             tokens=list(generation.prompt),
             limit=prompt_tokens + min(generation.max_tokens or room, room),
-            sampler=Sampler(generation.sampling),
+            sampler=sampler,
             stop_ids=self._stop_ids,
             wants_logprobs=generation.logprobs,
+            drafter=PromptLookup() if sampler.is_greedy and self._scheduler.lookup_tokens else None,
         )
 
     def _cancel(self, sequence: Sequence) -> None:

@@ -73,6 +73,7 @@ def load(name: str, config: ModelConfig) -> LoadedModel:
         max_sequences=config.max_sequences,
         queue_size=config.queue_size,
         prefill_tokens=config.prefill_tokens,
+        lookup_tokens=config.lookup_tokens,
         prefix_reuse=config.prefix_reuse,
         name=name,
     )

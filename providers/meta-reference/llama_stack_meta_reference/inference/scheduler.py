@@ -21,11 +21,14 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from .kv_cache import BlockPool, blocks_for
+from .lookup import Drafter
 from .runner import Batch
 from .sampler import Sampler
 
 NOT_FINITE = -1
 """Stands in place of a token where the logits were not finite."""
+_DRAFTING = 4
+"""All sequences together are drafted this many times what one may be: where many run, a step has little idle time."""
 
 
 class End(Enum):
@@ -50,6 +53,8 @@ class Sequence:
     stop_ids: frozenset[int] = frozenset()
     """The tokens that end it; such a token is no part of ``tokens``."""
     wants_logprobs: bool = False
+    drafter: Drafter | None = None
+    """Guesses its next tokens; for greedy samplers only."""
     adapter: str = ""
     """What it runs through besides the base model; cached blocks are shared with the same one only."""
     table: list[int] = field(default_factory=list)
@@ -77,9 +82,11 @@ class Part:
 
     sequence: Sequence
     count: int
-    """How many tokens it runs."""
+    """How many tokens it runs, guessed ones included."""
     sampled: int
     """After how many of them, the last ones, a token is picked: 0 in the middle of a prompt."""
+    drafted: list[int] = field(default_factory=list)
+    """The guessed tokens among them, the last ones."""
 
 
 @dataclass(slots=True)
@@ -89,33 +96,54 @@ class Step:
     parts: list[Part] = field(default_factory=list)
     batch: Batch = field(default_factory=Batch)
 
-    def add(self, sequence: Sequence, count: int) -> None:
+    def read(self, sequence: Sequence, count: int) -> None:
         """Let a sequence run its next ``count`` tokens."""
-        batch, end = self.batch, sequence.read + count
-        is_whole = end == len(sequence.tokens)
-        batch.tokens += sequence.tokens[sequence.read : end]
-        batch.starts.append(sequence.read)
-        batch.counts.append(count)
-        batch.tables.append(sequence.table)
-        if is_whole:
-            batch.sampled.append(len(batch.tokens) - 1)
-        self.parts.append(Part(sequence, count, int(is_whole)))
+        end = sequence.read + count
+        sampled = int(end == len(sequence.tokens))
+        self._add(Part(sequence, count, sampled), sequence.tokens[sequence.read : end])
+
+    def answer(self, sequence: Sequence, drafted: list[int]) -> None:
+        """Let a sequence run its last token, and guessed ones after it."""
+        count = 1 + len(drafted)
+        self._add(Part(sequence, count, count, drafted), [sequence.tokens[-1], *drafted])
+
+    def _add(self, part: Part, tokens: list[int]) -> None:
+        batch = self.batch
+        batch.tokens += tokens
+        batch.starts.append(part.sequence.read)
+        batch.counts.append(part.count)
+        batch.tables.append(part.sequence.table)
+        batch.sampled += range(len(batch.tokens) - part.sampled, len(batch.tokens))
+        self.parts.append(part)
 
 
 class Scheduler:
     """The line of waiting requests and the set of running sequences."""
 
     def __init__(
-        self, pool: BlockPool, *, max_sequences: int, queue_size: int, prefill_tokens: int, prefix_reuse: bool = True
+        self,
+        pool: BlockPool,
+        *,
+        max_sequences: int,
+        queue_size: int,
+        prefill_tokens: int,
+        lookup_tokens: int = 0,
+        prefix_reuse: bool = True,
     ) -> None:
         self.pool = pool
         self.max_sequences = max_sequences
         self.queue_size = queue_size
         self.prefill_tokens = prefill_tokens
+        self.lookup_tokens = lookup_tokens
         self.prefix_reuse = prefix_reuse
         self.running: list[Sequence] = []
         """In the order of their admission."""
         self.preemptions = 0
+        self.reused_tokens = 0
+        """How many tokens were in the cache when their sequences were admitted."""
+        self.drafted_tokens = 0
+        self.accepted_tokens = 0
+        """How many of the drafted tokens were what the network picked."""
         self._waiting: deque[deque[Sequence]] = deque()
         self._steps = 0
         self._too_few = -1  # so many free blocks were too few for the head of the line
@@ -172,19 +200,20 @@ class Scheduler:
         """The next step: a token for everyone whose text is read, and chunks of prompts.
 
         Prompts have what the others leave of the budget, and a quarter of it in any case. Those begun take turns; while
-        others could begin, they leave half to them. The caller runs the step and passes each part to ``settle``.
+        others could begin, they leave half to them. Where no prompt is to be read, next tokens are guessed. The caller
+        runs the step and passes each part to ``settle``.
         """
         self._steps += 1
         step = Step()
         self._extend_tables()
-        begun = []
-        for sequence in self.running:
-            if sequence.unread == 1:
-                step.add(sequence, 1)
-            else:
-                begun.append(sequence)
-        left = max(self.prefill_tokens - len(step.parts), self.prefill_tokens // 4, 1)
+        answering = [sequence for sequence in self.running if sequence.unread == 1]
+        begun = [sequence for sequence in self.running if sequence.unread > 1]
         newcomer = self._admit()
+        # A step that reads prompts has no idle time in which a guess would cost nothing.
+        guesses = 0 if begun or newcomer else self._guesses(len(answering))
+        for sequence in answering:
+            step.answer(sequence, self._draft(sequence, guesses) if guesses else [])
+        left = max(self.prefill_tokens - len(answering), self.prefill_tokens // 4, 1)
         kept = left // 2 if newcomer else 0
         begun.sort(key=lambda sequence: sequence.served)
         for sequence in begun:
@@ -201,9 +230,9 @@ class Scheduler:
 
         Returns why the sequence has ended, or None; whoever has ended is to be passed to ``finish``.
         """
-        sequence = part.sequence
-        end = None
-        for token in picked:
+        sequence, drafted = part.sequence, part.drafted
+        end, accepted = None, 0
+        for accepted, token in enumerate(picked):
             if token == NOT_FINITE:
                 # What it read may be broken already, and must reach nobody through the index.
                 self.pool.forget(sequence.table)
@@ -215,7 +244,14 @@ class Scheduler:
             if len(sequence.tokens) == sequence.limit:
                 end = End.LIMIT
                 break
-        sequence.read += part.count
+            if accepted < len(drafted) and drafted[accepted] != token:
+                break  # the tokens that follow continue another text; their places are written over
+        sequence.read += part.count - len(drafted) + accepted
+        if drafted:
+            self.drafted_tokens += len(drafted)
+            self.accepted_tokens += accepted
+            assert sequence.drafter is not None
+            sequence.drafter.learn(len(drafted), accepted)
         if self.prefix_reuse:
             full = sequence.read // self.pool.block_tokens
             while sequence.indexed < full:
@@ -226,8 +262,30 @@ class Scheduler:
     def _read_on(self, step: Step, sequence: Sequence, most: int) -> int:
         count = min(sequence.unread, most)
         sequence.served = self._steps
-        step.add(sequence, count)
+        step.read(sequence, count)
         return count
+
+    def _guesses(self, answering: int) -> int:
+        """How many tokens may be guessed for each of ``answering`` sequences."""
+        if not self.lookup_tokens or not answering:
+            return 0
+        most = min(_DRAFTING * self.lookup_tokens, self.prefill_tokens - answering)
+        return min(self.lookup_tokens, most // answering)
+
+    def _draft(self, sequence: Sequence, most: int) -> list[int]:
+        """Guess up to ``most`` tokens, no more than may still come and than there are blocks to spare for."""
+        if sequence.drafter is None:
+            return []
+        most = min(most, sequence.limit - len(sequence.tokens) - 1)
+        drafted = sequence.drafter.propose(sequence.tokens, most) if most > 0 else []
+        pool = self.pool
+        room = len(sequence.table) * pool.block_tokens - len(sequence.tokens)
+        if len(drafted) > room:
+            missing = blocks_for(len(drafted) - room, pool.block_tokens)
+            if pool.free - missing < len(self.running):
+                return drafted[:room]
+            sequence.table += pool.allocate(missing)
+        return drafted
 
     def _extend_tables(self) -> None:
         """Give a block to each sequence whose next token has no place, the oldest first."""
@@ -246,7 +304,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.finish(sequence)
-        sequence.read = sequence.indexed = 0
+        sequence.read = 0
         self._waiting.appendleft(deque([sequence]))
         self._too_few = -1
         self.preemptions += 1
@@ -254,7 +312,7 @@ class Scheduler:
     def _admit(self) -> Sequence | None:
         """Admit the head of the line, if there is room for it: blocks for its text and one more for everyone."""
         pool, running = self.pool, self.running
-        if not self._waiting or len(running) >= self.max_sequences or (running and pool.free <= self._too_few):
+        if not self._waiting or len(running) >= self.max_sequences or pool.free <= self._too_few:
             return None
         sequence = self._waiting[0][0]
         table = pool.match(sequence.tokens, sequence.adapter) if self.prefix_reuse else []
@@ -272,5 +330,6 @@ class Scheduler:
         sequence.table = table + pool.allocate(missing)
         sequence.indexed = len(table)
         sequence.read = sequence.reused = len(table) * pool.block_tokens
+        self.reused_tokens += sequence.reused
         running.append(sequence)
         return sequence

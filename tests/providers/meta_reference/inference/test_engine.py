@@ -121,10 +121,12 @@ async def test_greedy_tokens_are_those_of_full_passes_without_a_cache(small_mode
         assert await tokens(engine.submit(one(prompt, max_tokens=64))[0]) == text[len(prompt) :]
 
 
-async def test_answers_in_a_crowd_equal_answers_alone(small_model: Llama) -> None:
+@pytest.mark.parametrize("lookup_tokens", [0, 8])
+async def test_answers_in_a_crowd_equal_answers_alone(small_model: Llama, lookup_tokens: int) -> None:
     """Continuous batching, chunked prompts and other people's sampling may change the speed and nothing else.
 
-    Every prompt runs alone on one engine, and all at once on another with few places and tiny chunks.
+    Every prompt runs alone on one engine, and all at once on another with few places, tiny chunks, and a cache so small
+    that some give way to others.
     """
     draw = random.Random(5)
     requests = [
@@ -140,13 +142,14 @@ async def test_answers_in_a_crowd_equal_answers_alone(small_model: Llama) -> Non
     tokenizer = byte_tokenizer()
 
     slow = new_engine(small_model, tokenizer, max_sequences=1)
-    quick = new_engine(small_model, tokenizer, max_sequences=5, prefill_tokens=7)
+    quick = new_engine(small_model, tokenizer, max_sequences=5, prefill_tokens=7, lookup_tokens=lookup_tokens, blocks=9)
     async with running(slow) as calm, running(quick) as busy:
         alone = [await tokens(calm.submit([request])[0]) for request in requests]
         singles = [busy.submit([request])[0] for request in requests[:12]]
         batch = busy.submit(requests[12:])
         crowd = await asyncio.gather(*map(tokens, [*singles, *batch]))
         assert busy.free_blocks == busy.blocks
+        assert busy._scheduler.preemptions
     assert crowd == alone
     assert len({tuple(answer) for answer in alone}) > 12
 
@@ -189,15 +192,19 @@ async def test_a_waiting_generation_can_be_cancelled() -> None:
         assert model.passes == 3
 
 
-async def test_storms_of_cancellations_leave_every_block_free() -> None:
-    """1,000 clients that leave anywhere, in the line, the prompt or the answer: the cache is at its baseline."""
+async def test_storms_of_disconnects_leave_every_block_free() -> None:
+    """1,000 clients that leave anywhere, in the line, the prompt or the answer: the cache is at its baseline.
+
+    Prompts begin alike, tokens are guessed, and the cache is so small that some sequences give way to others.
+    """
     draw = random.Random(3)
-    async with running(new_engine(endless(), byte_tokenizer(), max_sequences=3, prefill_tokens=4)) as engine:
+    engine = new_engine(endless(), byte_tokenizer(), blocks=16, max_sequences=6, prefill_tokens=16, lookup_tokens=4)
+    async with running(engine):
 
         async def client() -> None:
-            (ticket,) = engine.submit(one([1] * draw.randint(0, 20) + NEWLINE))
+            (ticket,) = engine.submit(one([1] * draw.randint(0, 60) + NEWLINE))
             try:
-                for _ in range(draw.choice((0, 0, 1, 2, 5))):
+                for _ in range(draw.choice((0, 0, 1, 2, 5, 30))):
                     await anext(ticket)
             finally:
                 ticket.cancel()
@@ -209,6 +216,8 @@ async def test_storms_of_cancellations_leave_every_block_free() -> None:
         assert engine.free_blocks == engine.blocks
         assert engine.running == engine.waiting == 0
         assert not engine._tickets
+        assert engine._scheduler.reused_tokens
+        assert engine._scheduler.accepted_tokens
 
 
 async def test_a_full_line_is_refused_with_a_time_to_come_back() -> None:
@@ -366,6 +375,32 @@ async def test_a_loop_that_was_closed_does_not_stop_the_engine() -> None:
         model.permits.release()
         assert await tokens(engine.submit(one(NEWLINE, max_tokens=2))[0]) == [ord("a"), ord("b")]
         assert engine.free_blocks == engine.blocks
+
+
+async def test_guessed_tokens_come_with_the_log_probabilities_of_picked_ones() -> None:
+    """A client that asks for scores gets one for every token, the same whether the token was guessed before or not."""
+    request = [Generation(NEWLINE, GREEDY, max_tokens=30, logprobs=True)]
+    answers = []
+    for lookup_tokens in (0, 8):
+        engine = new_engine(endless(), byte_tokenizer(), lookup_tokens=lookup_tokens)
+        async with running(engine):
+            answers.append([sampled async for sampled in engine.submit(request)[0]])
+            assert engine.steps == 30 if not lookup_tokens else engine.steps < 15
+    plain, guessed = answers
+    assert [sampled.token for sampled in plain] == [sampled.token for sampled in guessed]
+    assert all(sampled.logprob is not None and len(sampled.alternatives) == 5 for sampled in guessed)
+    assert [sampled.logprob for sampled in guessed] == pytest.approx([sampled.logprob for sampled in plain], abs=1e-5)
+
+
+async def test_a_seed_gives_the_same_tokens_where_others_are_guessed_for() -> None:
+    """Sampled answers are not guessed: each guess would use up random numbers of the seed."""
+    seeded = SamplingParams(strategy=SamplingStrategy.TOP_P, temperature=5.0, top_p=1.0, seed=3)
+    answers = []
+    for lookup_tokens in (0, 8):
+        async with running(new_engine(endless(), byte_tokenizer(), lookup_tokens=lookup_tokens)) as engine:
+            (greedy,), (sampled,) = engine.submit(one(NEWLINE, 40)), engine.submit(one(NEWLINE, 40, seeded))
+            answers.append(await asyncio.gather(tokens(greedy), tokens(sampled)))
+    assert answers[0] == answers[1]
 
 
 async def test_padding_of_the_vocabulary_is_never_picked() -> None:

@@ -143,12 +143,13 @@ def test_the_settings_reach_the_engine(folder: Path) -> None:
         max_sequences=3,
         queue_size=7,
         prefill_tokens=9,
+        lookup_tokens=5,
         prefix_reuse=False,
     )
     engine = load("m", config).engine
     scheduler = engine._scheduler
     assert (engine.context, engine.blocks, scheduler.max_sequences, scheduler.queue_size) == (40, 7, 3, 7)
-    assert (scheduler.prefill_tokens, scheduler.prefix_reuse) == (9, False)
+    assert (scheduler.prefill_tokens, scheduler.lookup_tokens, scheduler.prefix_reuse) == (9, 5, False)
 
 
 def test_a_tokenizer_of_another_model_is_refused(small_checkpoint: Path) -> None:

@@ -10,6 +10,7 @@ import random
 
 import pytest
 from llama_stack_meta_reference.inference.kv_cache import BlockPool, blocks_for
+from llama_stack_meta_reference.inference.lookup import PromptLookup
 from llama_stack_meta_reference.inference.runner import Batch
 from llama_stack_meta_reference.inference.sampler import Sampler
 from llama_stack_meta_reference.inference.scheduler import NOT_FINITE, End, Part, Scheduler, Sequence
@@ -29,7 +30,7 @@ def test_nothing_leaks_nobody_starves_and_everyone_is_answered_as_if_alone(first
 
     A history that fails names its seed, and replays exactly.
     """
-    seen = [0] * 4
+    seen = [0] * 5
     for seed in range(first, min(first + GROUP, SIMULATIONS)):
         history = History(seed)
         try:
@@ -37,10 +38,17 @@ def test_nothing_leaks_nobody_starves_and_everyone_is_answered_as_if_alone(first
         except BaseException as error:
             error.add_note(f"in the history of seed {seed}")
             raise
-        facts = (history.answered, history.reused, history.scheduler.preemptions, history.faults)
+        happened = history.scheduler
+        facts = (
+            history.answered,
+            history.faults,
+            happened.reused_tokens,
+            happened.preemptions,
+            happened.accepted_tokens,
+        )
         seen = [total + fact for total, fact in zip(seen, facts, strict=True)]
     if min(first + GROUP, SIMULATIONS) - first == GROUP:
-        assert all(seen), f"a history without answers, reuse, preemptions or faults proves little: {seen}"
+        assert all(seen), f"histories without answers, faults, reuse, preemption or right guesses prove little: {seen}"
 
 
 class History:
@@ -58,12 +66,13 @@ class History:
             max_sequences=draw.randint(1, 6),
             queue_size=draw.randint(1, 6),
             prefill_tokens=draw.choice((1, 3, 8, 20, 64)),
+            lookup_tokens=draw.choice((0, 1, 8)),
             prefix_reuse=draw.random() < 0.8,
         )
         texts = [[draw.randrange(VOCABULARY) for _ in range(60)] for _ in range(3)]
         self.texts = texts
         self.prompts: dict[Sequence, int] = {}  # everyone under way, with the length of the prompt
-        self.answered = self.reused = self.faults = 0
+        self.answered = self.faults = 0
         self.oldest: Sequence | None = None
         self.progress = (-1, -1)
         self.stalled = 0
@@ -95,7 +104,7 @@ class History:
             common = draw.randint(0, length)
             prompt = draw.choice(self.texts)[:common] + [draw.randrange(VOCABULARY) for _ in range(length - common)]
             limit = length + draw.randint(1, self.context - length)
-            one = Sequence(tokens=list(prompt), limit=limit, sampler=GREEDY, stop_ids=frozenset({STOP}))
+            one = Sequence(list(prompt), limit, GREEDY, frozenset({STOP}), drafter=PromptLookup())
             self.prompts[one] = length
             request.append(one)
         self.scheduler.add(request)
@@ -116,7 +125,7 @@ class History:
         assert scheduler.running or not scheduler.waiting, "whoever waits can run alone at least"
         held = {block for one in scheduler.running for block in one.table}
         assert pool.free == pool.blocks - len(held)
-        answering = sum(part.count == 1 for part in step.parts)
+        answering = sum(part.count - len(part.drafted) == 1 for part in step.parts)
         assert len(step.batch.tokens) <= max(
             scheduler.prefill_tokens, answering + max(scheduler.prefill_tokens // 4, 1)
         )
@@ -131,10 +140,10 @@ class History:
         for part in step.parts:
             one = part.sequence
             end = one.read + part.count
-            assert self.runner.text(one.table, end) == bytes(one.tokens[:end])
+            assert self.runner.text(one.table, end) == bytes(one.tokens[: end - len(part.drafted)] + part.drafted)
             tokens, row = picked[row : row + part.sampled], row + part.sampled
             if tokens and draw.random() < 0.005:
-                tokens[0] = NOT_FINITE
+                tokens[-1] = NOT_FINITE
             self.settle(part, tokens)
         assert row == len(picked)
 
@@ -142,7 +151,6 @@ class History:
         """Enter what came out, and see whether whoever ends has what it would have had alone."""
         one = part.sequence
         end = self.scheduler.settle(part, tokens)
-        self.reused += one.reused
         if end is None:
             return
         if end is End.NOT_FINITE:

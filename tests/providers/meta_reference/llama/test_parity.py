@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from llama_stack_meta_reference.inference.sampler import Sampler
+from llama_stack_meta_reference.inference.scheduler import Sequence
 from llama_stack_meta_reference.llama.checkpoint import load_model, open_checkpoint, save_hugging_face
 from llama_stack_meta_reference.llama.model import Llama
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from llama_stack.apis.common import SamplingParams
 from tests.providers.meta_reference.checkpoints import random_reference, scaled_rope, write_hugging_face, write_meta
 from tests.providers.meta_reference.stepping import Stepper
 
@@ -123,6 +126,38 @@ def test_greedy_tokens_equal_transformers_from_a_beginning_that_others_read(
     steps = stepper.steps
     assert stepper.generate([prompt + expected[:35]], NEW_TOKENS - 35) == [expected[35:]]
     assert stepper.steps - steps == NEW_TOKENS - 35
+
+
+def test_greedy_tokens_equal_transformers_with_guessed_tokens(
+    model: Llama, prompts_BT: Tensor, expected: list[int]
+) -> None:
+    """Look-up decoding changes how many tokens a step gives, never which; strangers are guessed for beside it.
+
+    A copy of the answer in the prompt would change it, so the guesses come from one that was told before: right at
+    first, wrong at last.
+    """
+    told = [*expected[:50], *expected[:14]]
+    sequence = Sequence(prompts_BT[0, :30].tolist(), 30 + NEW_TOKENS, Sampler(SamplingParams()), drafter=Told(told))
+    stepper = Stepper(model, lookup_tokens=8)
+    stepper.scheduler.add([sequence])
+    strangers = stepper.generate([[1, 2, 3] * 5, prompts_BT[1, :50].tolist()], NEW_TOKENS)
+    assert sequence.tokens[30:] == expected
+    assert stepper.scheduler.accepted_tokens >= 40
+    assert strangers == Stepper(model).generate([[1, 2, 3] * 5, prompts_BT[1, :50].tolist()], NEW_TOKENS)
+
+
+class Told:
+    """A ``Drafter`` that was told the answer to a prompt of 30 tokens, more or less."""
+
+    def __init__(self, told: list[int]) -> None:
+        self._told = told
+
+    def propose(self, tokens: list[int], max_tokens: int) -> list[int]:
+        done = len(tokens) - 30
+        return self._told[done : done + max_tokens]
+
+    def learn(self, proposed: int, accepted: int) -> None:
+        pass
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
