@@ -82,6 +82,11 @@ def _methods(contract: type[Api]) -> Iterator[tuple[str, Callable[..., Any]]]:
 
 def _method_problems(given: Callable[..., Any], promised: Callable[..., Any]) -> Iterator[str]:
     function = inspect.unwrap(given)
+    if not inspect.iscoroutinefunction(inspect.unwrap(promised)):  # no operation, but the server's way to ask
+        if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+            yield "is async"
+        yield from _parameter_problems(function, promised)
+        return
     if inspect.isasyncgenfunction(function):
         yield "yields; it should be a coroutine function that returns its iterator"
         return

@@ -198,6 +198,11 @@ class Stack:
         return {instance.id: instance.started for instance in self._faces if instance.is_running}
 
     @property
+    def providers(self) -> list[tuple[ProviderStatus, Api]]:
+        """The providers that are up, each with its own object, in the order of the YAML."""
+        return [(instance.status, instance.started) for instance in self._providers if instance.is_running]
+
+    @property
     def is_ready(self) -> bool:
         """Whether every required provider is up, every optional one has had its try, and the store takes writes."""
         return (

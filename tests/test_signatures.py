@@ -127,6 +127,8 @@ async def list_yields(self: Any) -> AsyncIterator[Item]:
         ({"list_items": list_yields}, "list_items yields; it should be a coroutine function that returns"),
         ({"count": find_sync}, "count is not async"),
         ({"owns": find_sync}, "owns is not async"),
+        ({"prometheus_metrics": list_strings}, "prometheus_metrics is async"),
+        ({"prometheus_metrics": find_sync}, "prometheus_metrics needs 'name'"),
     ],
 )
 def test_each_way_to_break_a_contract_is_found_and_named(methods: dict[str, Any], problem: str) -> None:

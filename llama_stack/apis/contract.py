@@ -25,16 +25,30 @@ from __future__ import annotations
 import inspect
 import types
 from abc import ABC
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from pydantic import BaseModel, TypeAdapter
 
 from ..errors import NotProvidedError
 from .common import EXTENSION
+
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
 
 Method = Literal["GET", "POST", "DELETE"]
 Handler = Callable[..., Awaitable[Any]]
@@ -158,6 +172,15 @@ class Api(ABC):
         raise NotProvidedError(
             f"this provider of {self.name!r} cannot run beside another: it does not say what it owns"
         )
+
+    def prometheus_metrics(self) -> Iterable[Metric]:
+        """What ``GET /metrics`` shall show of this provider, besides whether it is up.
+
+        Called at each scrape, in the event loop: it returns what is known already, as families of
+        ``prometheus_client.core``. Names begin with the package's; the server adds the labels ``api`` and ``id``, which
+        tell apart the providers of a distribution.
+        """
+        return ()
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -12,7 +13,10 @@ from prometheus_client.registry import Collector
 from .exchange import Exchange
 
 if TYPE_CHECKING:
-    from ..stack import Stack
+    from ..apis.contract import Api
+    from ..stack import ProviderStatus, Stack
+
+logger = logging.getLogger("llama_stack.server.metrics")
 
 MEDIA_TYPE = CONTENT_TYPE_LATEST.encode()
 _SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
@@ -77,3 +81,23 @@ class _Providers(Collector):
         for status in self._stack.status():
             family.add_metric((status.api, status.provider, status.id), float(status.state == "ready"))
         yield family
+        yield from self._own()
+
+    def _own(self) -> Iterable[Metric]:
+        """What the providers say of themselves: one family a name, for two providers may be of one kind."""
+        families: dict[str, Metric] = {}
+        for status, provider in self._stack.providers:
+            for metric in _metrics_of(status, provider):
+                family = families.setdefault(metric.name, Metric(metric.name, metric.documentation, metric.type))
+                for sample in metric.samples:
+                    labels = {"api": status.api, "id": status.id, **sample.labels}
+                    family.samples.append(sample._replace(labels=labels))
+        return families.values()
+
+
+def _metrics_of(status: ProviderStatus, provider: Api) -> list[Metric]:
+    try:
+        return list(provider.prometheus_metrics())
+    except Exception:  # a provider's fault must not hide everyone's metrics
+        logger.exception("provider %r of %r failed to give its metrics", status.id, status.api)
+        return []

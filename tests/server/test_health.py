@@ -7,11 +7,13 @@ import io
 import json
 import logging
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from functools import partial
 
 import httpx2
 import pytest
+from prometheus_client.core import CounterMetricFamily, Metric
 
 from llama_stack.apis import Inference, NoConfig
 from llama_stack.distribution import Distribution
@@ -144,6 +146,46 @@ async def test_metrics_label_routes_by_template_and_never_by_path(served: Servin
     assert 'code="route_not_found",method="GET",route="unmatched",status="404"' in text
     assert 'code="method_not_allowed",method="other",route="/version",status="405"' in text
     assert 'llama_stack_provider_up{api="inference",id="stub",provider="stub"} 1.0' in text
+
+
+async def test_metrics_hold_what_the_providers_say_of_themselves(caplog: pytest.LogCaptureFixture) -> None:
+    """One family a name, though two providers are of one kind; and one that fails hides nobody's."""
+
+    class Counting(StubInference):
+        def __init__(self, tokens: int) -> None:
+            super().__init__()
+            self.tokens = tokens
+
+        async def owns(self, resource: str) -> bool:
+            return False
+
+        def prometheus_metrics(self) -> Iterable[Metric]:
+            if not self.tokens:
+                raise RuntimeError("no figures")
+            family = CounterMetricFamily("counting_tokens", "Tokens counted.", labels=("model",))
+            family.add_metric(("m",), self.tokens)
+            yield family
+
+    class Plugin:
+        @hookimpl
+        def llama_stack_providers(self) -> list[ProviderSpec]:
+            @asynccontextmanager
+            async def start(tokens: int) -> AsyncIterator[Inference]:
+                yield Counting(tokens)
+
+            return [ProviderSpec(api=Inference, name=f"n{count}", start=partial(start, count)) for count in (3, 0, 5)]
+
+    entries = [{"provider": f"n{count}"} for count in (3, 0, 5)]
+    found = Distribution.model_validate({"version": 1, "name": "t", "providers": {"inference": entries}})
+    async with running(Stack(found, Registry(discover([Plugin()])[:1]))) as stack, client_of(stack) as client:
+        lines = (await client.get("/metrics")).text.splitlines()
+    assert [line for line in lines if "counting_tokens" in line] == [
+        "# HELP counting_tokens_total Tokens counted.",
+        "# TYPE counting_tokens_total counter",
+        'counting_tokens_total{api="inference",id="n3",model="m"} 3.0',
+        'counting_tokens_total{api="inference",id="n5",model="m"} 5.0',
+    ]
+    assert "provider 'n0' of 'inference' failed to give its metrics" in caplog.text
 
 
 async def test_metrics_of_two_servers_in_one_process_are_apart() -> None:

@@ -15,7 +15,8 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from time import monotonic
 
 import torch
 
@@ -24,6 +25,7 @@ from llama_stack.errors import DrainingError, EngineRestartedError, OverloadedEr
 
 from .kv_cache import BlockPool, blocks_for
 from .lookup import PromptLookup
+from .metrics import EngineMetrics
 from .runner import Runner
 from .sampler import SampledToken, Sampler, sample
 from .scheduler import NOT_FINITE, End, Scheduler, Sequence, Step
@@ -166,6 +168,18 @@ class Engine:
         with self._lock:
             return self._pool.free
 
+    def metrics(self) -> EngineMetrics:
+        """What has been counted since the start, and how things stand."""
+        with self._lock:
+            return replace(
+                self._scheduler.metrics.copy(),
+                running=len(self._scheduler.running),
+                waiting=self._scheduler.waiting,
+                cache_blocks=self._pool.blocks,
+                used_blocks=self._pool.blocks - self._pool.free,
+                reusable_blocks=self._pool.cached,
+            )
+
     def start(self) -> None:
         """Start the thread."""
         self._thread.start()
@@ -214,6 +228,7 @@ class Engine:
             limit=prompt_tokens + min(generation.max_tokens or room, room),
             sampler=sampler,
             stop_ids=self._stop_ids,
+            submitted_at=monotonic(),
             wants_logprobs=generation.logprobs,
             drafter=PromptLookup() if sampler.is_greedy and self._scheduler.lookup_tokens else None,
         )
@@ -255,6 +270,7 @@ class Engine:
         if not step.parts:
             return
         self.steps += 1
+        began = monotonic()
         with torch.inference_mode():
             logits_RV = self._runner.run(step.batch)
             picked: list[SampledToken | None] = []
@@ -263,17 +279,31 @@ class Engine:
                 wants_logprobs = [sequence.wants_logprobs for sequence in rows]
                 picked = sample(logits_RV[:, : self._vocabulary], [s.sampler for s in rows], wants_logprobs)
         with self._lock:
-            self._settle(step, picked)
+            self._settle(step, picked, began)
 
-    def _settle(self, step: Step, picked: list[SampledToken | None]) -> None:
-        """Enter the picked tokens and pass them on. Under the lock."""
-        row = 0
+    def _settle(self, step: Step, picked: list[SampledToken | None], began: float) -> None:
+        """Enter the picked tokens, count them and pass them on. Under the lock."""
+        metrics, now, row = self._scheduler.metrics, monotonic(), 0
+        metrics.step_seconds.observe(now - began)
+        metrics.step_sequences.observe(len(step.parts))
         for part in step.parts:
             sequence = part.sequence
             rows, row = picked[row : row + part.sampled], row + part.sampled
             length = len(sequence.tokens)
+            if not sequence.is_begun:
+                sequence.is_begun = True
+                metrics.prompt_tokens += length
+                metrics.queue_seconds.observe(began - sequence.submitted_at)
             end = self._scheduler.settle(part, [NOT_FINITE if token is None else token.token for token in rows])
-            for token in rows[: len(sequence.tokens) - length]:
+            gained = len(sequence.tokens) - length
+            if gained:
+                metrics.generated_tokens += gained
+                if sequence.answered_at:
+                    metrics.inter_token_seconds.observe((now - sequence.answered_at) / gained, gained)
+                else:
+                    metrics.first_token_seconds.observe(now - sequence.submitted_at)
+                sequence.answered_at = now
+            for token in rows[:gained]:
                 assert token is not None
                 self._post(sequence, token)
             if end is not None:
@@ -300,6 +330,7 @@ class Engine:
     def _recover(self) -> None:
         """Fail what was in flight and blank the cache; where that fails too, fail all that wait as well."""
         with self._lock:
+            self._scheduler.metrics.failed_steps += 1
             failed = list(self._scheduler.running)
             if not self._is_clean:
                 failed += self._scheduler.drop_waiting()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from typing import Generic, TypeVar
+
+from prometheus_client.core import Metric
 
 from llama_stack.apis.common import StopReason, ToolCall, ToolDefinition
 from llama_stack.apis.inference import (
@@ -25,6 +27,7 @@ from llama_stack.errors import ModelNotFoundError
 from ..config import MetaReferenceConfig
 from .engine import Generation, Ticket
 from .loading import LoadedModel, load
+from .metrics import families
 from .prompts import PromptEncoder
 from .reply import Reply
 
@@ -57,6 +60,10 @@ class MetaReferenceInference(Inference):
     async def models(self) -> list[ServedModel]:
         """The models and their aliases, each with its device, its context and what its checkpoint is."""
         return [_described(name, self._models[model]) for name, model in self._names.items()]
+
+    def prometheus_metrics(self) -> Iterable[Metric]:
+        """Latencies, token counts and the use of the cache, of each model."""
+        return families({name: model.engine.metrics() for name, model in self._models.items()})
 
     async def completion(
         self, request: CompletionRequest

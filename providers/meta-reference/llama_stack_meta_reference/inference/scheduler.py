@@ -22,6 +22,7 @@ from enum import Enum, auto
 
 from .kv_cache import BlockPool, blocks_for
 from .lookup import Drafter
+from .metrics import EngineMetrics
 from .runner import Batch
 from .sampler import Sampler
 
@@ -65,6 +66,12 @@ class Sequence:
     """How many of them were there when it was admitted."""
     is_cancelled: bool = False
     """Set from any thread; seen before the next step."""
+    submitted_at: float = 0.0
+    """When it was, on the monotonic clock."""
+    answered_at: float = 0.0
+    """When it last gained a token; 0 before the first."""
+    is_begun: bool = False
+    """Whether it has been in a step."""
     indexed: int = 0
     """How many of its blocks others can find."""
     served: int = 0
@@ -138,12 +145,8 @@ class Scheduler:
         self.prefix_reuse = prefix_reuse
         self.running: list[Sequence] = []
         """In the order of their admission."""
-        self.preemptions = 0
-        self.reused_tokens = 0
-        """How many tokens were in the cache when their sequences were admitted."""
-        self.drafted_tokens = 0
-        self.accepted_tokens = 0
-        """How many of the drafted tokens were what the network picked."""
+        self.metrics = EngineMetrics()
+        """What happens here is counted here, the rest by the engine."""
         self._waiting: deque[deque[Sequence]] = deque()
         self._steps = 0
         self._too_few = -1  # so many free blocks were too few for the head of the line
@@ -248,8 +251,8 @@ class Scheduler:
                 break  # the tokens that follow continue another text; their places are written over
         sequence.read += part.count - len(drafted) + accepted
         if drafted:
-            self.drafted_tokens += len(drafted)
-            self.accepted_tokens += accepted
+            self.metrics.drafted_tokens += len(drafted)
+            self.metrics.accepted_tokens += accepted
             assert sequence.drafter is not None
             sequence.drafter.learn(len(drafted), accepted)
         if self.prefix_reuse:
@@ -307,7 +310,7 @@ class Scheduler:
         sequence.read = 0
         self._waiting.appendleft(deque([sequence]))
         self._too_few = -1
-        self.preemptions += 1
+        self.metrics.preemptions += 1
 
     def _admit(self) -> Sequence | None:
         """Admit the head of the line, if there is room for it: blocks for its text and one more for everyone."""
@@ -330,6 +333,6 @@ class Scheduler:
         sequence.table = table + pool.allocate(missing)
         sequence.indexed = len(table)
         sequence.read = sequence.reused = len(table) * pool.block_tokens
-        self.reused_tokens += sequence.reused
+        self.metrics.reused_tokens += sequence.reused
         running.append(sequence)
         return sequence

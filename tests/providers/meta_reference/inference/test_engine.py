@@ -149,7 +149,7 @@ async def test_answers_in_a_crowd_equal_answers_alone(small_model: Llama, lookup
         batch = busy.submit(requests[12:])
         crowd = await asyncio.gather(*map(tokens, [*singles, *batch]))
         assert busy.free_blocks == busy.blocks
-        assert busy._scheduler.preemptions
+        assert busy._scheduler.metrics.preemptions
     assert crowd == alone
     assert len({tuple(answer) for answer in alone}) > 12
 
@@ -216,8 +216,8 @@ async def test_storms_of_disconnects_leave_every_block_free() -> None:
         assert engine.free_blocks == engine.blocks
         assert engine.running == engine.waiting == 0
         assert not engine._tickets
-        assert engine._scheduler.reused_tokens
-        assert engine._scheduler.accepted_tokens
+        assert engine._scheduler.metrics.reused_tokens
+        assert engine._scheduler.metrics.accepted_tokens
 
 
 async def test_a_full_line_is_refused_with_a_time_to_come_back() -> None:

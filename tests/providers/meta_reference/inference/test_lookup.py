@@ -84,7 +84,7 @@ def test_a_text_that_repeats_itself_takes_fewer_steps_and_is_the_same() -> None:
     plain, quick = Stepper(model), Stepper(model, lookup_tokens=8)
     assert plain.generate([[0]], 100) == quick.generate([[0]], 100)
     assert (plain.steps, quick.steps) == (100, 20)
-    assert quick.scheduler.accepted_tokens == quick.scheduler.drafted_tokens == 80
+    assert quick.scheduler.metrics.accepted_tokens == quick.scheduler.metrics.drafted_tokens == 80
 
 
 @pytest.mark.parametrize(("blocks", "count"), [(4, 4), (5, 5)])

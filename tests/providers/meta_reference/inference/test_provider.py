@@ -564,3 +564,12 @@ async def test_odd_texts_are_answered(tmp_path: Path) -> None:
         for content in odd:
             assert await provider.completion(completion(content=content, max_tokens=1))
             assert await provider.chat_completion(chat(dialog=dialog(content), max_tokens=1))
+
+
+async def test_the_figures_of_each_engine_are_given_to_prometheus(tmp_path: Path) -> None:
+    """Under the model's name, never under its aliases, which would count everything twice."""
+    async with serving(tmp_path, *writing([b"one", b"two"])) as (provider, _):
+        await whole_text(provider, completion())
+        found = {metric.name: metric for metric in provider.prometheus_metrics()}
+    (sample,) = found["llama_stack_engine_generated_tokens"].samples
+    assert (sample.labels, sample.value) == ({"model": "m"}, 2)

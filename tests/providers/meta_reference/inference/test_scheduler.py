@@ -202,7 +202,7 @@ def test_the_youngest_gives_way_and_goes_on_where_it_was() -> None:
     subject.add([last])
     while young in subject.running:
         run(subject, subject.plan())
-    assert subject.preemptions == 1
+    assert subject.metrics.preemptions == 1
     assert (young.table, young.read) == ([], 0)
     text = list(young.tokens)
     assert len(text) > 4

@@ -42,9 +42,9 @@ def test_nothing_leaks_nobody_starves_and_everyone_is_answered_as_if_alone(first
         facts = (
             history.answered,
             history.faults,
-            happened.reused_tokens,
-            happened.preemptions,
-            happened.accepted_tokens,
+            happened.metrics.reused_tokens,
+            happened.metrics.preemptions,
+            happened.metrics.accepted_tokens,
         )
         seen = [total + fact for total, fact in zip(seen, facts, strict=True)]
     if min(first + GROUP, SIMULATIONS) - first == GROUP:

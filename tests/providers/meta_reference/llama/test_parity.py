@@ -111,7 +111,7 @@ def test_greedy_tokens_equal_transformers_after_preemption(
     stepper = Stepper(model, blocks=13)
     elder, prompt = prompts_BT[1, :30].tolist(), prompts_BT[0, :30].tolist()
     answers = stepper.generate([elder, prompt, elder[::-1]], NEW_TOKENS)
-    assert stepper.scheduler.preemptions
+    assert stepper.scheduler.metrics.preemptions
     assert answers[1] == expected
 
 
@@ -142,7 +142,7 @@ def test_greedy_tokens_equal_transformers_with_guessed_tokens(
     stepper.scheduler.add([sequence])
     strangers = stepper.generate([[1, 2, 3] * 5, prompts_BT[1, :50].tolist()], NEW_TOKENS)
     assert sequence.tokens[30:] == expected
-    assert stepper.scheduler.accepted_tokens >= 40
+    assert stepper.scheduler.metrics.accepted_tokens >= 40
     assert strangers == Stepper(model).generate([[1, 2, 3] * 5, prompts_BT[1, :50].tolist()], NEW_TOKENS)
 
 
