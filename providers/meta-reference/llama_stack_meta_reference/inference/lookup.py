@@ -16,6 +16,8 @@ NGRAM = 3
 """How many tokens must have occurred before: with 2 most guesses are wrong, with more the short repeats are missed."""
 _FIRST_GUESS = 4
 _LONGEST_PAUSE = 64
+_INDEXED_AT_ONCE = 4096
+"""A prompt of 100,000 tokens takes 1.5 ms a step for a while, instead of 40 ms in one."""
 
 
 class Drafter(Protocol):
@@ -68,10 +70,11 @@ class PromptLookup:
             self._next_pause = min(2 * self._next_pause, _LONGEST_PAUSE)
 
     def _index(self, tokens: list[int]) -> None:
-        """Enter the n-grams that have got a follower since the last call."""
-        if len(tokens) <= self._indexed:
+        """Enter the n-grams that have got a follower since the last call, of a long prompt a part at a time."""
+        end = min(len(tokens), self._indexed + _INDEXED_AT_ONCE)
+        if end <= self._indexed:
             return
-        part = tokens[self._indexed - NGRAM : -1]
+        part = tokens[self._indexed - NGRAM : end - 1]
         ngrams = zip(*(part[offset:] for offset in range(NGRAM)), strict=False)
-        self._followers.update(zip(ngrams, range(self._indexed, len(tokens)), strict=True))
-        self._indexed = len(tokens)
+        self._followers.update(zip(ngrams, range(self._indexed, end), strict=True))
+        self._indexed = end

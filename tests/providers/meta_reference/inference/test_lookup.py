@@ -56,6 +56,15 @@ def test_looking_as_the_text_grows_is_looking_at_all_of_it(tokens: list[int], cu
     assert found == text[len(tokens) :]
 
 
+def test_a_long_prompt_is_indexed_within_a_few_steps() -> None:
+    """All at once it would hold everyone up; what is indexed already serves meanwhile."""
+    text = [*range(10_000), 5, 6, 7]
+    lookup = PromptLookup()
+    assert lookup.propose(text, 2) == [8, 9]
+    text += [5000, 5001, 5002]
+    assert [lookup.propose(text, 1) for _ in range(2)] == [[5003], [5003]]
+
+
 def test_guesses_grow_while_they_are_right_and_pause_while_they_are_wrong() -> None:
     """A wrong guess costs time in a full step: where the text does not repeat, fewer than one step in 20 has one."""
     text = [1] * 9

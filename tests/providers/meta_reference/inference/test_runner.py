@@ -170,6 +170,23 @@ def test_the_cache_takes_the_bytes_that_are_planned(small_model: Llama) -> None:
     assert held == cache_bytes(SMALL, 10 * SIZE, torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_cache_has_the_type_of_the_weights(small_model: Llama, dtype: torch.dtype) -> None:
+    """Half the memory; chunks and single tokens together, as near to float32 as the whole pass in that type."""
+    rounded = Llama(SMALL, device="cpu", dtype=dtype)
+    rounded.load_state_dict(small_model.state_dict())
+    runner, tables, (long, short) = new_runner(rounded), scattered(2), (random_tokens(40, 0), random_tokens(9, 1))
+    run(runner, tables, {0: (0, long[:30]), 1: (0, short[:8])})
+    logits = run(runner, tables, {0: (30, long[30:]), 1: (8, short[8:])})
+    assert runner._keys is not None
+    assert runner._keys.dtype is dtype
+    with torch.inference_mode():
+        for row, text in ((0, long), (1, short)):
+            exact = small_model(text[None])[0, -len(logits[row]) :]
+            assert logits[row].dtype is torch.float32
+            assert (logits[row] - exact).abs().mean() < 0.05 * exact.std()
+
+
 def test_gradients_are_not_kept(small_model: Llama) -> None:
     """The cache would tie every step's graph to the next one's, and memory would grow until the process ends."""
     assert torch.is_grad_enabled()
