@@ -270,10 +270,8 @@ class Scheduler:
 
     def _guesses(self, answering: int) -> int:
         """How many tokens may be guessed for each of ``answering`` sequences."""
-        if not self.lookup_tokens or not answering:
-            return 0
         most = min(_DRAFTING * self.lookup_tokens, self.prefill_tokens - answering)
-        return min(self.lookup_tokens, most // answering)
+        return min(self.lookup_tokens, max(0, most) // max(1, answering))
 
     def _draft(self, sequence: Sequence, most: int) -> list[int]:
         """Guess up to ``most`` tokens, no more than may still come and than there are blocks to spare for."""
