@@ -27,8 +27,12 @@ class ModelConfig(Config):
     device: Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda|cuda:[0-9]{1,2})$")] = "auto"
     """``cpu``, ``cuda``, ``cuda:N``, or ``auto``: a GPU where there is one, else the CPU. A GPU that is asked for and
     is not there is an error."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """The type of weights and cache; ``auto`` is bfloat16 on a GPU that has it and float32 on a CPU."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"] = "auto"
+    """The type of the weights. ``auto`` is bfloat16 on a GPU that has it; on a CPU float16 for a 16-bit checkpoint
+    where compiled kernels are to be had, else float32. ``int8`` and ``int4`` need compiled kernels."""
+    kernels: Literal["auto", "compiled", "plain"] = "auto"
+    """What runs a model on a CPU: kernels compiled on this machine at the first start, or plain torch. ``auto`` takes
+    compiled ones where a C++ compiler is installed; ``compiled`` is an error where there is none."""
     context_tokens: int | None = Field(default=None, ge=2)
     """The most tokens that prompt and answer may have together; by default the model's own limit, or as many as the
     cache holds."""

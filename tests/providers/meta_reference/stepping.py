@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
+from copy import deepcopy
 
-from llama_stack_meta_reference.inference.kv_cache import BlockPool
+from llama_stack_meta_reference.inference.kv_cache import BLOCK_TOKENS, BlockPool
 from llama_stack_meta_reference.inference.lookup import PromptLookup
-from llama_stack_meta_reference.inference.runner import TorchRunner
+from llama_stack_meta_reference.inference.native_runner import NativeRunner
+from llama_stack_meta_reference.inference.runner import Runner, TorchRunner
 from llama_stack_meta_reference.inference.sampler import Sampler
 from llama_stack_meta_reference.inference.scheduler import Scheduler, Sequence
 from llama_stack_meta_reference.llama.model import Llama
@@ -25,8 +27,14 @@ class Stepper:
         prefill_tokens: int = 512,
         max_sequences: int = 8,
         lookup_tokens: int = 0,
+        kernels: str = "plain",
     ) -> None:
-        self.runner = TorchRunner(model, blocks=blocks)
+        self.runner: Runner
+        if kernels == "plain":
+            self.runner = TorchRunner(model, blocks=blocks)
+        else:  # takes the model apart
+            context = min(blocks * BLOCK_TOKENS, model.config.max_context)
+            self.runner = NativeRunner(deepcopy(model), kind="float32", blocks=blocks, context=context)
         self.scheduler = Scheduler(
             BlockPool(blocks),
             max_sequences=max_sequences,

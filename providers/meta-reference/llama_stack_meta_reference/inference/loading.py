@@ -17,9 +17,11 @@ from ..config import ModelConfig
 from ..llama.chat_format import ChatFormat
 from ..llama.checkpoint import Checkpoint, load_model, open_checkpoint
 from ..llama.tokenizer import Tokenizer, load_tokenizer
+from ..native.library import WIDEST_HEAD, KernelsUnavailableError, library
 from .engine import Engine
 from .memory_plan import MemoryPlan, available_memory, memory_plan
-from .runner import make_runner
+from .native_runner import NativeRunner, NativeStorage, supports
+from .runner import Runner, Storage, TorchRunner, TorchStorage
 
 logger = logging.getLogger("llama_stack.meta_reference.loading")
 
@@ -38,7 +40,7 @@ class LoadedModel:
     chat: ChatFormat
     engine: Engine
     device: torch.device
-    dtype: torch.dtype
+    storage: Storage
     plan: MemoryPlan
 
 
@@ -49,8 +51,8 @@ def load(name: str, config: ModelConfig) -> LoadedModel:
     """
     began = monotonic()
     device = _device(name, config.device)
-    dtype = _dtype(config.dtype, device)
     checkpoint = open_checkpoint(config.folder)
+    storage = _storage(name, config, checkpoint, device)
     tokenizer = load_tokenizer(checkpoint.tokenizer)
     if tokenizer.vocab_size > checkpoint.config.vocab_size:
         raise CheckpointError(
@@ -60,12 +62,11 @@ def load(name: str, config: ModelConfig) -> LoadedModel:
     chat = ChatFormat(tokenizer)
     for remark in checkpoint.remarks:
         logger.info("model %r: %s", name, remark)
-    plan = _plan(name, config, checkpoint, device, dtype)
-    logger.info("model %r: %s, %s", name, str(dtype).removeprefix("torch."), plan)
+    plan = _plan(name, config, checkpoint, device, storage)
+    logger.info("model %r: %s, %s", name, storage.name, plan)
     opened = monotonic()
-    model = load_model(checkpoint, device=device, dtype=dtype)
     engine = Engine(
-        make_runner(model, blocks=plan.blocks),
+        _runner(name, checkpoint, device, storage, plan),
         blocks=plan.blocks,
         context=plan.context,
         vocabulary=tokenizer.vocab_size,
@@ -82,7 +83,7 @@ def load(name: str, config: ModelConfig) -> LoadedModel:
         "model %r: ready on %s in %.2f s (checks %.2f s, weights and cache %.2f s)",
         name, device, loaded - began, opened - began, loaded - opened,
     )  # fmt: skip
-    return LoadedModel(name, checkpoint, tokenizer, chat, engine, device, dtype, plan)
+    return LoadedModel(name, checkpoint, tokenizer, chat, engine, device, storage, plan)
 
 
 def _device(name: str, asked: str) -> torch.device:
@@ -106,19 +107,66 @@ def _device(name: str, asked: str) -> torch.device:
     return device
 
 
-def _dtype(asked: str, device: torch.device) -> torch.dtype:
-    if asked != "auto":
-        dtype: torch.dtype = getattr(torch, asked)
-        return dtype
-    if device.type == "cpu":
-        return torch.float32  # without instructions for it, a CPU is far slower in bfloat16
+def _storage(name: str, config: ModelConfig, checkpoint: Checkpoint, device: torch.device) -> Storage:
+    """Settle what the weights are kept as, and so what runs them."""
+    asked = config.dtype
+    is_packed = asked in ("int8", "int4")
+    if device.type != "cpu":
+        if is_packed or config.kernels == "compiled":
+            what = f"dtype {asked}" if is_packed else "kernels compiled"
+            raise SetupError(f"model {name!r} asks for {what}, which is for device cpu; it runs on {device}")
+        return TorchStorage(_gpu_dtype(device) if asked == "auto" else getattr(torch, asked))
+    cause = _no_kernels(config, checkpoint)
+    if cause is None:
+        is_half = checkpoint.dtype in (torch.bfloat16, torch.float16)
+        # float16 holds what a 16-bit checkpoint has, and halves what a token must read.
+        kind = ("float16" if is_half else "float32") if asked == "auto" else asked
+        return NativeStorage(kind, checkpoint.dtype if is_half else torch.float32)
+    if is_packed or config.kernels == "compiled":
+        what = f"dtype {asked}" if is_packed else "kernels compiled"
+        raise SetupError(
+            f"model {name!r} asks for {what}, and there are no compiled kernels: {cause}; "
+            "mend that, or set dtype: auto and kernels: auto"
+        )
+    if config.kernels == "auto":
+        logger.info("model %r: runs on plain torch, for there are no compiled kernels: %s", name, cause)
+    # Without instructions for it, a CPU is far slower in bfloat16.
+    return TorchStorage(torch.float32 if asked == "auto" else getattr(torch, asked))
+
+
+def _no_kernels(config: ModelConfig, checkpoint: Checkpoint) -> str | None:
+    """Why the compiled kernels cannot run this model; None where they can."""
+    if config.kernels == "plain":
+        return "the distribution says kernels: plain"
+    if config.dtype == "bfloat16":
+        return "they have no bfloat16; float16 holds the same weights"
+    if not supports(checkpoint.config):
+        return f"they have no heads wider than {WIDEST_HEAD}; this checkpoint's are {checkpoint.config.head_dim}"
+    try:
+        library()
+    except KernelsUnavailableError as error:
+        return str(error)
+    return None
+
+
+def _gpu_dtype(device: torch.device) -> torch.dtype:
     with torch.cuda.device(device):
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def _plan(
-    name: str, config: ModelConfig, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
-) -> MemoryPlan:
+def _runner(name: str, checkpoint: Checkpoint, device: torch.device, storage: Storage, plan: MemoryPlan) -> Runner:
+    if isinstance(storage, NativeStorage):
+        model = load_model(checkpoint, device=device, dtype=storage.table_dtype)
+        try:
+            return NativeRunner(model, kind=storage.kind, blocks=plan.blocks, context=plan.context)
+        except ValueError as error:
+            raise SetupError(f"model {name!r}: {error}") from error
+    assert isinstance(storage, TorchStorage)
+    model = load_model(checkpoint, device=device, dtype=storage.dtype)
+    return TorchRunner(model, blocks=plan.blocks)
+
+
+def _plan(name: str, config: ModelConfig, checkpoint: Checkpoint, device: torch.device, storage: Storage) -> MemoryPlan:
     """The memory plan of the model with cache and context settled."""
     network = checkpoint.config
     if config.context_tokens is not None and config.context_tokens > network.max_context:
@@ -128,7 +176,7 @@ def _plan(
         )
     plan = memory_plan(
         network,
-        dtype,
+        storage,
         device,
         available_bytes=available_memory(device),
         share=_SHARE[device.type],

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from ..llama.config import LlamaConfig
-from .kv_cache import BLOCK_TOKENS, blocks_for, cache_bytes
+from .kv_cache import BLOCK_TOKENS, blocks_for
+from .runner import Storage
 
 _MEMINFO = Path("/proc/meminfo")
 # Files of a container's limit and use, and the line of its memory.stat with what can be reclaimed: cgroup v2, then v1.
@@ -66,7 +67,7 @@ class MemoryPlan:
 
 def memory_plan(
     config: LlamaConfig,
-    dtype: torch.dtype,
+    storage: Storage,
     device: torch.device | str,
     *,
     available_bytes: int,
@@ -81,8 +82,7 @@ def memory_plan(
     are within ``share`` of what is available, but never less than one ``context_tokens``. The context is
     ``context_tokens``, else the model's own or the whole cache, if that is less.
     """
-    weight_bytes = config.parameter_count * dtype.itemsize
-    bytes_per_token = cache_bytes(config, 1, dtype)
+    weight_bytes, bytes_per_token = storage.weight_bytes(config), storage.cache_bytes_per_token(config)
 
     def fitting(available: int) -> int:
         return max(0, available - weight_bytes) // (bytes_per_token * BLOCK_TOKENS)

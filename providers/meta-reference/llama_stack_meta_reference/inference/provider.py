@@ -28,6 +28,7 @@ from ..config import MetaReferenceConfig
 from .engine import Generation, Ticket
 from .loading import LoadedModel, load
 from .metrics import families
+from .native_runner import NativeStorage
 from .prompts import PromptEncoder
 from .reply import Reply
 
@@ -224,7 +225,8 @@ def _described(name: str, model: LoadedModel) -> ServedModel:
         context_tokens=model.engine.context,
         metadata={
             "layout": model.checkpoint.layout,
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "dtype": model.storage.name,
+            "kernels": "compiled" if isinstance(model.storage, NativeStorage) else "plain",
             "parameters": config.parameter_count,
             "weight_bytes": model.plan.weight_bytes,
             "cache_bytes": model.plan.cache_bytes,

@@ -1,7 +1,7 @@
 """Who executes steps: the network with the memory of its cache, behind one small interface.
 
 The engine decides what a step works on and keeps the books (``scheduler``, ``kv_cache``); a runner owns weights, keys
-and values, and knows neither requests nor how tokens are picked. ``make_runner`` is the place where one is chosen.
+and values, and knows neither requests nor how tokens are picked. Which one a model gets is settled in loading.py.
 
 Shape suffixes as in llama/model.py, and: P blocks of the cache, C slots of the cache (one a token), R rows whose logits
 are wanted, B sequences with one new token each, S all tokens so far of the longest of them.
@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..llama.config import LlamaConfig
 from ..llama.model import Llama
-from .kv_cache import BLOCK_TOKENS
+from .kv_cache import BLOCK_TOKENS, cache_bytes
 
 
 @dataclass(slots=True)
@@ -66,9 +67,41 @@ class Runner(Protocol):
         ...
 
 
-def make_runner(model: Llama, *, blocks: int, block_tokens: int = BLOCK_TOKENS) -> Runner:
-    """Return the fastest runner that this machine has for ``model``, with a cache of ``blocks`` blocks."""
-    return TorchRunner(model, blocks=blocks, block_tokens=block_tokens)
+class Storage(Protocol):
+    """How a runner keeps weights and cache: known before there is one, for the memory plan."""
+
+    @property
+    def name(self) -> str:
+        """What an operator calls the type of the weights."""
+        ...
+
+    def weight_bytes(self, config: LlamaConfig) -> int:
+        """How many bytes the weights take."""
+        ...
+
+    def cache_bytes_per_token(self, config: LlamaConfig) -> int:
+        """How many bytes the keys and values of one token take over all layers."""
+        ...
+
+
+@dataclass(frozen=True)
+class TorchStorage:
+    """Weights and cache in one type of torch's."""
+
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        """As ``float32``."""
+        return str(self.dtype).removeprefix("torch.")
+
+    def weight_bytes(self, config: LlamaConfig) -> int:
+        """See ``Storage``."""
+        return config.parameter_count * self.dtype.itemsize
+
+    def cache_bytes_per_token(self, config: LlamaConfig) -> int:
+        """See ``Storage``."""
+        return cache_bytes(config, 1, self.dtype)
 
 
 class TorchRunner:

@@ -13,12 +13,16 @@ import torch
 from llama_stack_meta_reference.config import ModelConfig
 from llama_stack_meta_reference.inference import loading
 from llama_stack_meta_reference.inference.loading import load
+from llama_stack_meta_reference.inference.native_runner import NativeStorage
+from llama_stack_meta_reference.inference.runner import TorchStorage
 from llama_stack_meta_reference.llama.checkpoint import save_hugging_face
 from llama_stack_meta_reference.llama.model import Llama
 from llama_stack_meta_reference.llama.tokenizer import load_tokenizer
+from llama_stack_meta_reference.native.library import KernelsUnavailableError
 
 from llama_stack.errors import CheckpointError, SetupError
 from tests.providers.meta_reference import small_tokenizer
+from tests.providers.meta_reference.kernels import NEEDS_KERNELS
 from tests.providers.meta_reference.small_llama import SMALL
 
 NETWORK = replace(SMALL, vocab_size=856)
@@ -35,13 +39,14 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@NEEDS_KERNELS
 def test_the_plan_is_shown_before_weights_are_read(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Memory is no surprise: device, type, plan and then the time to ready, in this order."""
     caplog.set_level(logging.INFO)
     model = load("m", ModelConfig(checkpoint=str(folder), device="cpu", max_sequences=3))
     lines = [record.getMessage() for record in caplog.records]
     assert lines[0].startswith("model 'm': float32, cpu: weights ")
-    assert "(384 tokens of 256 B)" in lines[0]
+    assert "(384 tokens of 512 B)" in lines[0]
     assert lines[1].startswith("model 'm': ready on cpu in ")
     assert model.engine.context == 128
     assert model.plan.weight_bytes == NETWORK.parameter_count * 4
@@ -81,7 +86,7 @@ def test_auto_says_that_it_took_the_cpu(folder: Path, caplog: pytest.LogCaptureF
     model = load("m", ModelConfig(checkpoint=str(folder)))
     assert model.device.type == "cpu"
     assert "device auto is the CPU" in caplog.text
-    assert model.dtype is torch.float32
+    assert model.storage.name == "float32"
 
 
 @GPU
@@ -90,7 +95,7 @@ def test_a_gpu_is_used_where_there_is_one(folder: Path) -> None:
     for device in ("auto", "cuda"):
         model = load("m", ModelConfig(checkpoint=str(folder), device=device))
         assert str(model.device) == "cuda:0"
-        assert model.dtype is torch.bfloat16
+        assert model.storage == TorchStorage(torch.bfloat16)
     with pytest.raises(SetupError, match="this machine has"):
         load("m", ModelConfig(checkpoint=str(folder), device="cuda:99"))
 
@@ -98,10 +103,47 @@ def test_a_gpu_is_used_where_there_is_one(folder: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_dtype_that_is_asked_for_is_used(folder: Path, dtype: str) -> None:
     """On the CPU too, though float32 is faster there."""
-    config = ModelConfig.model_validate({"checkpoint": str(folder), "device": "cpu", "dtype": dtype})
+    config = ModelConfig.model_validate(
+        {"checkpoint": str(folder), "device": "cpu", "dtype": dtype, "kernels": "plain"}
+    )
     model = load("m", config)
-    assert str(model.dtype) == f"torch.{dtype}"
-    assert model.plan.weight_bytes == NETWORK.parameter_count * model.dtype.itemsize
+    assert model.storage == TorchStorage(getattr(torch, dtype))
+    assert model.plan.weight_bytes == NETWORK.parameter_count * getattr(torch, dtype).itemsize
+
+
+@NEEDS_KERNELS
+@pytest.mark.parametrize(("stored", "kind"), [(torch.float32, "float32"), (torch.bfloat16, "float16")])
+def test_a_cpu_packs_a_checkpoint_as_what_it_was_stored_as(tmp_path: Path, stored: torch.dtype, kind: str) -> None:
+    """What a 16-bit checkpoint holds, float16 holds too, in half the memory that every token must read."""
+    model = Llama(NETWORK, device="cpu", dtype=stored)
+    model.initialize()
+    save_hugging_face(model, tmp_path, eos_ids=[7])
+    small_tokenizer.write_hugging_face(tmp_path)
+    loaded = load("m", ModelConfig(checkpoint=str(tmp_path), device="cpu"))
+    assert loaded.storage == NativeStorage(kind, stored)
+
+
+def test_int8_without_kernels_is_refused_with_the_cause(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain torch would take several times the memory that was asked for."""
+    monkeypatch.setattr(loading, "library", _no_library)
+    for asked in ({"dtype": "int8"}, {"kernels": "compiled"}):
+        config = ModelConfig.model_validate({"checkpoint": str(folder), "device": "cpu"} | asked)
+        with pytest.raises(SetupError, match="no compiled kernels: no C\\+\\+ compiler is installed.*dtype: auto"):
+            load("m", config)
+
+
+def test_without_a_compiler_a_model_runs_on_plain_torch_and_says_why(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A machine without g++ is slower, not broken."""
+    monkeypatch.setattr(loading, "library", _no_library)
+    caplog.set_level(logging.INFO)
+    assert load("m", ModelConfig(checkpoint=str(folder), device="cpu")).storage == TorchStorage(torch.float32)
+    assert "runs on plain torch, for there are no compiled kernels: no C++ compiler is installed (g++)" in caplog.text
+
+
+def _no_library() -> None:
+    raise KernelsUnavailableError("no C++ compiler is installed (g++)")
 
 
 def test_the_context_is_what_was_asked_for_up_to_what_the_checkpoint_was_made_for(folder: Path) -> None:
@@ -111,17 +153,18 @@ def test_the_context_is_what_was_asked_for_up_to_what_the_checkpoint_was_made_fo
         load("m", ModelConfig(checkpoint=str(folder), device="cpu", context_tokens=129))
 
 
+@NEEDS_KERNELS
 def test_a_context_that_does_not_fit_is_refused_and_by_default_as_much_as_fits_is_taken(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The error carries the plan, with the longest context that would fit, before any weight is read."""
-    weights, per_block = NETWORK.parameter_count * 4, 16 * 256
+    weights, per_block = NETWORK.parameter_count * 4, 16 * 512
     monkeypatch.setattr(loading, "available_memory", lambda device: weights + 4 * per_block)
     asked = ModelConfig(checkpoint=str(folder), device="cpu", context_tokens=65)
     with pytest.raises(SetupError, match=r"does not fit the memory: .* longest that fits: 64;"):
         load("m", asked)
     assert load("m", asked.model_copy(update={"context_tokens": 64})).engine.blocks == 4
-    with pytest.raises(SetupError, match=r"does not fit the memory: .*\(80 tokens of 256 B\)"):
+    with pytest.raises(SetupError, match=r"does not fit the memory: .*\(80 tokens of 512 B\)"):
         load("m", ModelConfig(checkpoint=str(folder), device="cpu", cache_tokens=65))
     monkeypatch.setattr(loading, "available_memory", lambda device: 2 * (weights + 4 * per_block))
     assert load("m", ModelConfig(checkpoint=str(folder), device="cpu")).engine.context == 64

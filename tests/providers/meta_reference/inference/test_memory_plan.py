@@ -6,6 +6,7 @@ import pytest
 import torch
 from llama_stack_meta_reference.inference import memory_plan as module
 from llama_stack_meta_reference.inference.memory_plan import available_memory, memory_plan
+from llama_stack_meta_reference.inference.runner import TorchStorage
 from llama_stack_meta_reference.llama.config import LlamaConfig
 
 from tests.providers.meta_reference.small_llama import SMALL
@@ -30,7 +31,9 @@ LLAMA_3_1_8B = LlamaConfig.from_meta(
 
 def test_plan_of_a_published_model_matches_its_published_figures() -> None:
     """8,030,261,248 weights, and 128 KiB of bfloat16 cache a token: 32 layers x 8 heads x 128 x 2 x 2 bytes."""
-    plan = memory_plan(LLAMA_3_1_8B, torch.bfloat16, "cuda:0", available_bytes=24 * GIB, cache_tokens=32768)
+    plan = memory_plan(
+        LLAMA_3_1_8B, TorchStorage(torch.bfloat16), "cuda:0", available_bytes=24 * GIB, cache_tokens=32768
+    )
     assert plan.weight_bytes == 2 * 8_030_261_248
     assert plan.cache_bytes_per_token == 128 * 1024
     assert plan.cache_bytes == 4 * GIB
@@ -44,40 +47,55 @@ def test_plan_of_a_published_model_matches_its_published_figures() -> None:
 def test_the_longest_context_is_the_most_that_fits() -> None:
     """The figure is what an operator will write into the YAML: one block more must not fit."""
     available = SMALL.parameter_count * 4 + 100 * 256
-    plan = memory_plan(SMALL, torch.float32, "cpu", available_bytes=available, context_tokens=SMALL.max_context)
+    plan = memory_plan(
+        SMALL, TorchStorage(torch.float32), "cpu", available_bytes=available, context_tokens=SMALL.max_context
+    )
     assert not plan.fits
     assert plan.longest_context == 96
     for context, fits in ((96, True), (97, False)):
-        assert memory_plan(SMALL, torch.float32, "cpu", available_bytes=available, context_tokens=context).fits is fits
+        assert (
+            memory_plan(
+                SMALL, TorchStorage(torch.float32), "cpu", available_bytes=available, context_tokens=context
+            ).fits
+            is fits
+        )
 
 
 def test_by_default_everyone_has_a_whole_context_or_all_share_what_there_is() -> None:
     """More than that would lie idle; less is shared, and a step and other programs need the rest of the memory."""
-    roomy = memory_plan(SMALL, torch.float32, "cpu", available_bytes=GIB, max_sequences=5)
+    roomy = memory_plan(SMALL, TorchStorage(torch.float32), "cpu", available_bytes=GIB, max_sequences=5)
     assert (roomy.context, roomy.cache_tokens) == (128, 5 * 128)
     available = 2 * (SMALL.parameter_count * 4 + 300 * 256)
-    tight = memory_plan(SMALL, torch.float32, "cpu", available_bytes=available, share=0.5, max_sequences=5)
+    tight = memory_plan(
+        SMALL, TorchStorage(torch.float32), "cpu", available_bytes=available, share=0.5, max_sequences=5
+    )
     assert (tight.context, tight.cache_tokens) == (128, 288)
-    short = memory_plan(SMALL, torch.float32, "cpu", available_bytes=available, share=0.25, max_sequences=5)
+    short = memory_plan(
+        SMALL, TorchStorage(torch.float32), "cpu", available_bytes=available, share=0.25, max_sequences=5
+    )
     assert (short.context, short.cache_tokens, short.fits) == (0, 0, False)
 
 
 def test_the_cache_is_what_was_asked_for_and_the_context_no_more_than_it() -> None:
     """An operator who fixes the cache has other plans for the rest."""
-    plan = memory_plan(SMALL, torch.float32, "cpu", available_bytes=GIB, max_sequences=5, cache_tokens=40)
+    plan = memory_plan(SMALL, TorchStorage(torch.float32), "cpu", available_bytes=GIB, max_sequences=5, cache_tokens=40)
     assert (plan.context, plan.cache_tokens) == (48, 48)
-    plan = memory_plan(SMALL, torch.float32, "cpu", available_bytes=GIB, cache_tokens=1000, context_tokens=50)
+    plan = memory_plan(
+        SMALL, TorchStorage(torch.float32), "cpu", available_bytes=GIB, cache_tokens=1000, context_tokens=50
+    )
     assert (plan.context, plan.cache_tokens) == (50, 1008)
 
 
 def test_the_longest_context_ends_at_the_models_own() -> None:
     """More memory does not teach a model positions it never saw."""
-    assert memory_plan(SMALL, torch.float32, "cpu", available_bytes=GIB).longest_context == SMALL.max_context
+    assert (
+        memory_plan(SMALL, TorchStorage(torch.float32), "cpu", available_bytes=GIB).longest_context == SMALL.max_context
+    )
 
 
 def test_no_context_fits_where_the_weights_do_not() -> None:
     """Zero, not a negative number."""
-    plan = memory_plan(SMALL, torch.float32, "cpu", available_bytes=1000)
+    plan = memory_plan(SMALL, TorchStorage(torch.float32), "cpu", available_bytes=1000)
     assert (plan.longest_context, plan.fits) == (0, False)
 
 

@@ -17,6 +17,7 @@ from llama_stack_meta_reference.inference.loading import LoadedModel
 from llama_stack_meta_reference.inference.memory_plan import memory_plan
 from llama_stack_meta_reference.inference.prompts import PromptEncoder
 from llama_stack_meta_reference.inference.provider import MetaReferenceInference
+from llama_stack_meta_reference.inference.runner import TorchStorage
 from llama_stack_meta_reference.llama.chat_format import ChatFormat
 from llama_stack_meta_reference.llama.checkpoint import open_checkpoint, save_hugging_face
 from llama_stack_meta_reference.llama.model import Llama
@@ -81,7 +82,7 @@ async def serving(
     engine = new_engine(model, tokenizer, max_sequences=max_sequences, queue_size=queue_size)
     plan = memory_plan(
         model.config,
-        torch.float32,
+        TorchStorage(torch.float32),
         "cpu",
         available_bytes=10**9,
         max_sequences=max_sequences,
@@ -94,7 +95,7 @@ async def serving(
         chat=ChatFormat(tokenizer),
         engine=engine,
         device=torch.device("cpu"),
-        dtype=torch.float32,
+        storage=TorchStorage(torch.float32),
         plan=plan,
     )
     encoder = encoder or PromptEncoder()

@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM
 
 from llama_stack.apis.common import SamplingParams
 from tests.providers.meta_reference.checkpoints import random_reference, scaled_rope, write_hugging_face, write_meta
+from tests.providers.meta_reference.kernels import NEEDS_KERNELS
 from tests.providers.meta_reference.stepping import Stepper
 
 TOLERANCE = 1e-4
@@ -67,6 +68,13 @@ def test_logits_equal_transformers_past_the_original_context(
     torch.testing.assert_close(model(prompts_BT), expected, atol=TOLERANCE, rtol=0)
 
 
+@pytest.fixture(params=["plain", pytest.param("compiled", marks=NEEDS_KERNELS)])
+def kernels(request: pytest.FixtureRequest) -> str:
+    """Each runner in turn."""
+    name: str = request.param
+    return name
+
+
 @pytest.fixture(scope="module")
 def expected(reference: LlamaForCausalLM, prompts_BT: Tensor) -> list[int]:
     """What transformers writes after the first 30 tokens of the first prompt."""
@@ -79,36 +87,36 @@ def expected(reference: LlamaForCausalLM, prompts_BT: Tensor) -> list[int]:
 
 
 def test_greedy_tokens_equal_transformers_through_the_cache(
-    model: Llama, prompts_BT: Tensor, expected: list[int]
+    kernels: str, model: Llama, prompts_BT: Tensor, expected: list[int]
 ) -> None:
     """What a user sees is the ids: one wrong position in the cache changes them within 64 steps."""
-    assert greedy(model, prompts_BT[0, :30].tolist()) == expected
+    assert greedy(model, prompts_BT[0, :30].tolist(), kernels=kernels) == expected
 
 
 @pytest.mark.parametrize("prefill_tokens", [1, 5, 15, 16, 17, 29, 30])
 def test_greedy_tokens_equal_transformers_however_the_prompt_is_cut(
-    model: Llama, prompts_BT: Tensor, expected: list[int], prefill_tokens: int
+    kernels: str, model: Llama, prompts_BT: Tensor, expected: list[int], prefill_tokens: int
 ) -> None:
     """Chunked prefill: the cuts fall before, on and after the ends of blocks."""
-    assert greedy(model, prompts_BT[0, :30].tolist(), prefill_tokens=prefill_tokens) == expected
+    assert greedy(model, prompts_BT[0, :30].tolist(), prefill_tokens=prefill_tokens, kernels=kernels) == expected
 
 
 def test_greedy_tokens_equal_transformers_among_strangers(
-    model: Llama, prompts_BT: Tensor, expected: list[int]
+    kernels: str, model: Llama, prompts_BT: Tensor, expected: list[int]
 ) -> None:
     """Continuous batching: others of all lengths come and go in the same steps, and a stranger shares the beginning."""
     prompt = prompts_BT[0, :30].tolist()
     strangers = [prompts_BT[1, :length].tolist() for length in (1, 16, 77, 120)]
     crowd = [*strangers[:2], prompt, *strangers[2:], [*prompt[:20], 1, 2]]
-    answers = Stepper(model, prefill_tokens=40, max_sequences=4).generate(crowd, NEW_TOKENS)
+    answers = Stepper(model, kernels=kernels, prefill_tokens=40, max_sequences=4).generate(crowd, NEW_TOKENS)
     assert answers[2] == expected
 
 
 def test_greedy_tokens_equal_transformers_after_preemption(
-    model: Llama, prompts_BT: Tensor, expected: list[int]
+    kernels: str, model: Llama, prompts_BT: Tensor, expected: list[int]
 ) -> None:
     """A sequence that gave its blocks up is read again with what it had written, and nobody can tell."""
-    stepper = Stepper(model, blocks=13)
+    stepper = Stepper(model, kernels=kernels, blocks=13)
     elder, prompt = prompts_BT[1, :30].tolist(), prompts_BT[0, :30].tolist()
     answers = stepper.generate([elder, prompt, elder[::-1]], NEW_TOKENS)
     assert stepper.scheduler.metrics.preemptions
@@ -116,11 +124,11 @@ def test_greedy_tokens_equal_transformers_after_preemption(
 
 
 def test_greedy_tokens_equal_transformers_from_a_beginning_that_others_read(
-    model: Llama, prompts_BT: Tensor, expected: list[int]
+    kernels: str, model: Llama, prompts_BT: Tensor, expected: list[int]
 ) -> None:
     """Prefix reuse: of prompts and of what was generated, as the next turn of a chat has it."""
     prompt = prompts_BT[0, :30].tolist()
-    stepper = Stepper(model)
+    stepper = Stepper(model, kernels=kernels)
     stepper.generate([[*prompt[:17], 1]], 3)
     assert stepper.generate([prompt], 40) == [expected[:40]]
     steps = stepper.steps
@@ -129,7 +137,7 @@ def test_greedy_tokens_equal_transformers_from_a_beginning_that_others_read(
 
 
 def test_greedy_tokens_equal_transformers_with_guessed_tokens(
-    model: Llama, prompts_BT: Tensor, expected: list[int]
+    kernels: str, model: Llama, prompts_BT: Tensor, expected: list[int]
 ) -> None:
     """Look-up decoding changes how many tokens a step gives, never which; strangers are guessed for beside it.
 
@@ -138,12 +146,14 @@ def test_greedy_tokens_equal_transformers_with_guessed_tokens(
     """
     told = [*expected[:50], *expected[:14]]
     sequence = Sequence(prompts_BT[0, :30].tolist(), 30 + NEW_TOKENS, Sampler(SamplingParams()), drafter=Told(told))
-    stepper = Stepper(model, lookup_tokens=8)
+    stepper = Stepper(model, kernels=kernels, lookup_tokens=8)
     stepper.scheduler.add([sequence])
     strangers = stepper.generate([[1, 2, 3] * 5, prompts_BT[1, :50].tolist()], NEW_TOKENS)
     assert sequence.tokens[30:] == expected
     assert stepper.scheduler.metrics.accepted_tokens >= 40
-    assert strangers == Stepper(model).generate([[1, 2, 3] * 5, prompts_BT[1, :50].tolist()], NEW_TOKENS)
+    assert strangers == Stepper(model, kernels=kernels).generate(
+        [[1, 2, 3] * 5, prompts_BT[1, :50].tolist()], NEW_TOKENS
+    )
 
 
 class Told:
@@ -188,5 +198,5 @@ def test_scaling_matters_in_the_shapes_that_have_it(prompts_BT: Tensor) -> None:
     assert difference > 100 * TOLERANCE
 
 
-def greedy(model: Llama, prompt: list[int], prefill_tokens: int = 512) -> list[int]:
-    return Stepper(model, prefill_tokens=prefill_tokens).generate([prompt], NEW_TOKENS)[0]
+def greedy(model: Llama, prompt: list[int], prefill_tokens: int = 512, kernels: str = "plain") -> list[int]:
+    return Stepper(model, prefill_tokens=prefill_tokens, kernels=kernels).generate([prompt], NEW_TOKENS)[0]

@@ -1,0 +1,660 @@
+// One step of a Llama network on a CPU: every layer in one call, so that nothing but arithmetic is left between tokens.
+//
+// Compiled on the machine it runs on (library.py), for the widest vectors that it has: AVX-512 with VNNI, or AVX2 with
+// FMA and F16C. Weights lie in panels of 16 output channels, in the order in which they are read. They are float32,
+// float16, int8 (groups of 64 inputs) or int4 (groups of 32), each group with a float16 scale; with the integer types
+// the activations are rounded to int8 too, per row and group, so that no row of a batch can disturb another.
+//
+// Names: N new tokens of all sequences, M rows of a tile, K head width, G key/value heads, R query heads per key/value
+// head. A "row" is one token's activations. Buffers belong to the caller, except scratch, which belongs to the network.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <immintrin.h>
+#include <omp.h>
+
+namespace {
+
+constexpr int PANEL = 16;         // output channels side by side
+constexpr int INPUT_MULTIPLE = 64;  // inputs are padded with zeros up to a multiple of this
+constexpr int BLOCK = 16;         // tokens in a cache block
+constexpr size_t TILE_BYTES = 384 << 10;  // of activations that are reused while panels stream by: fits a level 2 cache
+
+enum Kind { FLOAT32 = 0, FLOAT16 = 1, INT8 = 2, INT4 = 3 };
+
+int group_of(int kind) { return kind == INT4 ? 32 : 64; }
+
+// Bytes of one panel for `inputs` (padded) inputs.
+size_t panel_bytes(int kind, int inputs) {
+    switch (kind) {
+        case FLOAT32: return size_t(inputs) * PANEL * 4;
+        case FLOAT16: return size_t(inputs) * PANEL * 2;
+        case INT8: return size_t(inputs) / 64 * (PANEL * 2 + 64 * PANEL);
+        default: return size_t(inputs) / 32 * (PANEL * 2 + 16 * PANEL);
+    }
+}
+
+int padded(int inputs) { return (inputs + INPUT_MULTIPLE - 1) / INPUT_MULTIPLE * INPUT_MULTIPLE; }
+
+// ---- Sixteen lanes ---------------------------------------------------------------------------------------------
+
+#if defined(__AVX512F__) && defined(__AVX512VNNI__) && defined(__AVX512BW__)
+constexpr int FLOAT_ROWS = 14, INTEGER_ROWS = 12;  // rows of a tile: as many as there are registers for
+
+struct Floats { __m512 v; };
+struct Integers { __m512i v; };
+struct Bytes { __m512i v; };
+
+inline Floats zero() { return {_mm512_setzero_ps()}; }
+inline Floats load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline Floats load_half(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
+inline void store(float* p, Floats x) { _mm512_storeu_ps(p, x.v); }
+inline void store_half(uint16_t* p, Floats x) {
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline Floats splat(float x) { return {_mm512_set1_ps(x)}; }
+inline Floats add(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Floats multiply(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Floats divide(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Floats larger(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline Floats smaller(Floats a, Floats b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline Floats magnitude(Floats a) { return {_mm512_abs_ps(a.v)}; }
+inline Floats whole(Floats a) { return {_mm512_roundscale_ps(a.v, 0)}; }
+inline float sum(Floats a) { return _mm512_reduce_add_ps(a.v); }
+inline float largest(Floats a) { return _mm512_reduce_max_ps(a.v); }
+inline Floats power_of_two(Floats whole_number) {  // 2 ** x for whole x from -126 to 127
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(
+        _mm512_add_epi32(_mm512_cvtps_epi32(whole_number.v), _mm512_set1_epi32(127)), 23))};
+}
+inline Integers splat(int32_t x) { return {_mm512_set1_epi32(x)}; }
+inline Floats to_floats(Integers x) { return {_mm512_cvtepi32_ps(x.v)}; }
+inline Bytes load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+inline Bytes low_nibbles(Bytes x) { return {_mm512_and_si512(x.v, _mm512_set1_epi8(15))}; }
+inline Bytes high_nibbles(Bytes x) { return low_nibbles({_mm512_srli_epi16(x.v, 4)}); }
+// Weights of int8 are stored signed; VNNI multiplies unsigned by signed, so they are moved up by 128 here, which the
+// start value of the sum takes back (`INT8_OFFSET`).
+constexpr int INT8_OFFSET = 128;
+inline Bytes prepared(Bytes x) { return {_mm512_xor_si512(x.v, _mm512_set1_epi8(char(0x80)))}; }
+inline Integers dot_unsigned(Integers acc, Bytes w, int32_t four) {
+    return {_mm512_dpbusd_epi32(acc.v, w.v, _mm512_set1_epi32(four))};
+}
+inline Integers dot_int8(Integers acc, Bytes w, int32_t four) { return dot_unsigned(acc, w, four); }
+inline void store_int8(int8_t* p, Floats x) {
+    _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x.v)));
+}
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+constexpr int FLOAT_ROWS = 5, INTEGER_ROWS = 4;
+
+struct Floats { __m256 a, b; };
+struct Integers { __m256i a, b; };
+struct Bytes { __m256i a, b; };
+
+inline Floats zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+inline Floats load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline Floats load_half(const uint16_t* p) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1))};
+}
+inline void store(float* p, Floats x) { _mm256_storeu_ps(p, x.a); _mm256_storeu_ps(p + 8, x.b); }
+inline void store_half(uint16_t* p, Floats x) {
+    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128((__m128i*)p + 1, _mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT));
+}
+inline Floats splat(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline Floats add(Floats x, Floats y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+inline Floats multiply(Floats x, Floats y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+inline Floats divide(Floats x, Floats y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+inline Floats fma(Floats x, Floats y, Floats z) {
+    return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
+}
+inline Floats larger(Floats x, Floats y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+inline Floats smaller(Floats x, Floats y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+inline Floats magnitude(Floats x) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
+}
+inline Floats whole(Floats x) { return {_mm256_round_ps(x.a, 0), _mm256_round_ps(x.b, 0)}; }
+inline float sum(Floats x) {
+    alignas(32) float lanes[8];
+    _mm256_store_ps(lanes, _mm256_add_ps(x.a, x.b));
+    return ((lanes[0] + lanes[4]) + (lanes[1] + lanes[5])) + ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]));
+}
+inline float largest(Floats x) {
+    alignas(32) float lanes[8];
+    _mm256_store_ps(lanes, _mm256_max_ps(x.a, x.b));
+    return *std::max_element(lanes, lanes + 8);
+}
+inline Floats power_of_two(Floats x) {
+    const __m256i bias = _mm256_set1_epi32(127);
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(x.a), bias), 23)),
+            _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(x.b), bias), 23))};
+}
+inline Integers splat(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+inline Floats to_floats(Integers x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+inline Bytes load_bytes(const uint8_t* p) {
+    return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)p + 1)};
+}
+inline Bytes low_nibbles(Bytes x) {
+    const __m256i mask = _mm256_set1_epi8(15);
+    return {_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)};
+}
+inline Bytes high_nibbles(Bytes x) { return low_nibbles({_mm256_srli_epi16(x.a, 4), _mm256_srli_epi16(x.b, 4)}); }
+// Without VNNI the pairwise sums are 16 bits wide: moved up by 128 they would overflow. So signs are moved instead.
+constexpr int INT8_OFFSET = 0;
+inline Bytes prepared(Bytes x) { return x; }
+inline __m256i dot8(__m256i acc, __m256i unsigned_bytes, __m256i signed_bytes) {
+    const __m256i pairs = _mm256_maddubs_epi16(unsigned_bytes, signed_bytes);
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+inline Integers dot_unsigned(Integers acc, Bytes w, int32_t four) {
+    const __m256i x = _mm256_set1_epi32(four);
+    return {dot8(acc.a, w.a, x), dot8(acc.b, w.b, x)};
+}
+inline Integers dot_int8(Integers acc, Bytes w, int32_t four) {
+    const __m256i x = _mm256_set1_epi32(four), size = _mm256_abs_epi8(x);
+    return {dot8(acc.a, size, _mm256_sign_epi8(w.a, x)), dot8(acc.b, size, _mm256_sign_epi8(w.b, x))};
+}
+inline void store_int8(int8_t* p, Floats x) {
+    const __m256i words = _mm256_permute4x64_epi64(
+        _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)), 0xD8);
+    _mm_storeu_si128((__m128i*)p, _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+}
+#else
+#error "needs AVX-512 with VNNI, or AVX2 with FMA and F16C"
+#endif
+
+// e ** x, relative error below 2e-7 (Cephes' expf: range reduction and a polynomial of degree 5).
+inline Floats exponential(Floats x) {
+    x = smaller(larger(x, splat(-87.0f)), splat(88.0f));
+    const Floats n = whole(multiply(x, splat(1.44269504f)));
+    x = fma(n, splat(-0.693359375f), x);
+    x = fma(n, splat(2.12194440e-4f), x);
+    Floats p = splat(1.9875691500e-4f);
+    p = fma(p, x, splat(1.3981999507e-3f));
+    p = fma(p, x, splat(8.3334519073e-3f));
+    p = fma(p, x, splat(4.1665795894e-2f));
+    p = fma(p, x, splat(1.6666665459e-1f));
+    p = fma(p, x, splat(5.0000001201e-1f));
+    p = fma(multiply(p, x), x, add(x, splat(1.0f)));
+    return multiply(p, power_of_two(n));
+}
+
+// ---- Activations, packed for the kernels -------------------------------------------------------------------------
+
+// Rows in tiles of M side by side: float32 as [tile][input][M]; int8 as [tile][input / 4][M][4], with a scale and the
+// start value of the integer sum for each [tile][group][M].
+struct Packed {
+    int kind, rows, inputs;  // inputs are padded
+    float* floats;
+    int8_t* bytes;
+    float* scales;
+    int32_t* starts;
+
+    bool is_integer() const { return kind >= INT8; }
+    int tile_rows() const { return is_integer() ? INTEGER_ROWS : FLOAT_ROWS; }
+    int rows_of(int tile) const { return std::min(tile_rows(), rows - tile * tile_rows()); }
+    size_t offset(int tile) const { return size_t(tile) * tile_rows() * inputs; }
+    size_t group_offset(int tile) const { return size_t(tile) * tile_rows() * (inputs / group_of(kind)); }
+};
+
+// Put one row, `width` numbers long, padded with zeros to a.inputs, into its place. `row_values` has room for padding.
+void pack_row(const Packed& a, int row, float* values, int width) {
+    std::fill(values + width, values + a.inputs, 0.0f);
+    const int tile = row / a.tile_rows(), place = row % a.tile_rows(), m = a.rows_of(tile);
+    if (!a.is_integer()) {
+        float* target = a.floats + a.offset(tile) + place;
+        for (int i = 0; i < a.inputs; ++i) target[size_t(i) * m] = values[i];
+        return;
+    }
+    const int group = group_of(a.kind), offset = a.kind == INT4 ? 8 : INT8_OFFSET;
+    int8_t* target = a.bytes + a.offset(tile) + place * 4;
+    alignas(64) int8_t rounded[64];
+    for (int g = 0; g < a.inputs / group; ++g) {
+        const float* x = values + g * group;
+        Floats most = zero(), total = zero();
+        for (int i = 0; i < group; i += 16) {
+            most = larger(most, magnitude(load(x + i)));
+            total = add(total, load(x + i));
+        }
+        const float peak = largest(most), inverse = peak > 0 ? 127.0f / peak : 0.0f;
+        int32_t all = 0;
+        for (int i = 0; i < group; i += 16) store_int8(rounded + i, multiply(load(x + i), splat(inverse)));
+        for (int i = 0; i < group; ++i) all += rounded[i];
+        for (int i = 0; i < group; i += 4) std::memcpy(target + size_t(g * group + i) / 4 * m * 4, rounded + i, 4);
+        const size_t at = a.group_offset(tile) + size_t(g) * m + place;
+        // What is not a number must stay none: rounding would hide it.
+        a.scales[at] = std::isfinite(sum(total)) ? peak / 127.0f : NAN;
+        a.starts[at] = -offset * all;
+    }
+}
+
+// ---- Matrix products ---------------------------------------------------------------------------------------------
+
+struct Matrix {
+    int kind, outputs, inputs;  // as they are, without padding
+    const uint8_t* panels;
+};
+
+// The products of M rows with one panel over inputs [from, to), added to what `out` holds or, if is_first, replacing it.
+template <int M, bool HALF>
+void float_tile(const float* a, const uint8_t* panel, int from, int to, float* out, size_t stride, bool is_first) {
+    Floats acc[M];
+    for (int r = 0; r < M; ++r) acc[r] = is_first ? zero() : load(out + r * stride);
+    const float* x = a + size_t(from) * M;
+    for (int i = from; i < to; ++i, x += M) {
+        const Floats w = HALF ? load_half((const uint16_t*)panel + size_t(i) * PANEL)
+                              : load((const float*)panel + size_t(i) * PANEL);
+        _mm_prefetch((const char*)(panel + size_t(i) * PANEL * (HALF ? 2 : 4) + 2048), _MM_HINT_T0);
+#pragma GCC unroll 16
+        for (int r = 0; r < M; ++r) acc[r] = fma(splat(x[r]), w, acc[r]);
+    }
+    for (int r = 0; r < M; ++r) store(out + r * stride, acc[r]);
+}
+
+template <int M, bool FOUR>
+void integer_tile(const Packed& p, int tile, const uint8_t* panel, int from, int to, float* out, size_t stride,
+                  bool is_first) {
+    constexpr int GROUP = FOUR ? 32 : 64, GROUP_BYTES = PANEL * 2 + (FOUR ? 16 : 64) * PANEL;
+    Floats acc[M];
+    for (int r = 0; r < M; ++r) acc[r] = is_first ? zero() : load(out + r * stride);
+    const float* scales = p.scales + p.group_offset(tile);
+    const int32_t* starts = p.starts + p.group_offset(tile);
+    const int32_t* x = (const int32_t*)(p.bytes + p.offset(tile)) + size_t(from) / 4 * M;
+    for (int g = from / GROUP; g < to / GROUP; ++g) {
+        const uint8_t* w = panel + size_t(g) * GROUP_BYTES;
+        const Floats w_scale = load_half((const uint16_t*)w);
+        w += PANEL * 2;
+        Integers sums[M];
+        for (int r = 0; r < M; ++r) sums[r] = splat(starts[g * M + r]);
+#pragma GCC unroll 4
+        for (int i = 0; i < GROUP; i += FOUR ? 8 : 4, w += 64) {
+            _mm_prefetch((const char*)(w + 2048), _MM_HINT_T0);
+            const Bytes bytes = load_bytes(w);
+            if constexpr (FOUR) {
+                const Bytes low = low_nibbles(bytes), high = high_nibbles(bytes);
+#pragma GCC unroll 16
+                for (int r = 0; r < M; ++r) sums[r] = dot_unsigned(sums[r], low, x[r]);
+#pragma GCC unroll 16
+                for (int r = 0; r < M; ++r) sums[r] = dot_unsigned(sums[r], high, x[M + r]);
+                x += 2 * M;
+            } else {
+                const Bytes shifted = prepared(bytes);
+#pragma GCC unroll 16
+                for (int r = 0; r < M; ++r) sums[r] = dot_int8(sums[r], shifted, x[r]);
+                x += M;
+            }
+        }
+        for (int r = 0; r < M; ++r)
+            acc[r] = fma(to_floats(sums[r]), multiply(w_scale, splat(scales[g * M + r])), acc[r]);
+    }
+    for (int r = 0; r < M; ++r) store(out + r * stride, acc[r]);
+}
+
+template <int M>
+void tile_product(const Packed& a, int tile, const Matrix& w, int panel, int from, int to, float* out, size_t stride,
+                  bool is_first) {
+    const uint8_t* weights = w.panels + size_t(panel) * panel_bytes(w.kind, padded(w.inputs));
+    switch (w.kind) {
+        case FLOAT32: return float_tile<M, false>(a.floats + a.offset(tile), weights, from, to, out, stride, is_first);
+        case FLOAT16: return float_tile<M, true>(a.floats + a.offset(tile), weights, from, to, out, stride, is_first);
+        case INT8: return integer_tile<M, false>(a, tile, weights, from, to, out, stride, is_first);
+        default: return integer_tile<M, true>(a, tile, weights, from, to, out, stride, is_first);
+    }
+}
+
+using TileProduct = void (*)(const Packed&, int, const Matrix&, int, int, int, float*, size_t, bool);
+constexpr TileProduct TILE_PRODUCTS[] = {
+    nullptr,          tile_product<1>, tile_product<2>, tile_product<3>,  tile_product<4>,
+    tile_product<5>,
+#if defined(__AVX512F__) && defined(__AVX512VNNI__) && defined(__AVX512BW__)
+    tile_product<6>,  tile_product<7>, tile_product<8>, tile_product<9>,  tile_product<10>,
+    tile_product<11>, tile_product<12>, tile_product<13>, tile_product<14>,
+#endif
+};
+
+// out = a w^T, or out += a w^T where `adds`; (rows, stride) with room for padded outputs. Called by all threads of a
+// team, each of which takes a part of the panels; the caller waits for the others.
+void product(const Packed& a, const Matrix& w, float* out, size_t stride, bool adds) {
+    const int panels = (w.outputs + PANEL - 1) / PANEL, threads = omp_get_num_threads(), own = omp_get_thread_num();
+    const int first = int(int64_t(panels) * own / threads), last = int(int64_t(panels) * (own + 1) / threads);
+    const int m = a.tile_rows(), tiles = (a.rows + m - 1) / m, unit = a.is_integer() ? 1 : 4;
+    // Few rows: one pass over each panel. Many: the inputs in parts, so that the rows' part stays in the cache.
+    const size_t all_bytes = size_t(a.rows) * a.inputs * unit;
+    const int part = all_bytes <= TILE_BYTES ? a.inputs : std::min(a.inputs, 512);
+    const int tiles_at_once = std::max(1, int(TILE_BYTES / (size_t(m) * part * unit)));
+    for (int t0 = 0; t0 < tiles; t0 += tiles_at_once)
+        for (int from = 0; from < a.inputs; from += part)
+            for (int panel = first; panel < last; ++panel)
+                for (int t = t0; t < std::min(tiles, t0 + tiles_at_once); ++t)
+                    TILE_PRODUCTS[a.rows_of(t)](a, t, w, panel, from, std::min(a.inputs, from + part),
+                                                out + size_t(t) * m * stride + size_t(panel) * PANEL, stride,
+                                                !adds && from == 0);
+}
+
+// ---- Attention over a paged cache ----------------------------------------------------------------------------------
+
+constexpr int QUERIES = 8;          // query rows at a time: each key and value is loaded once for all of them
+constexpr int SPAN = 32 * BLOCK;    // keys between two updates of the running softmax (Milakov & Gimelshein 2018)
+
+// Keys of a block lie as [G][K][16 tokens], values as [G][16 tokens][K], with K padded by zeros to whole vectors.
+struct Cache {
+    float *keys, *values;
+    int heads, width, lanes;  // lanes: the padded width
+    float* keys_of(int block, int head) const { return keys + (size_t(block) * heads + head) * lanes * BLOCK; }
+    float* values_of(int block, int head) const { return values + (size_t(block) * heads + head) * lanes * BLOCK; }
+};
+
+int lanes_of(int width) { return (width + 15) / 16 * 16; }
+
+// Attention of up to QUERIES query rows, all of one key/value head: row i sees the first seen[i] tokens of `table`.
+void attend(const Cache& cache, const int32_t* table, int head, int count, float* const* queries, const int* seen,
+            float* const* outs) {
+    const int width = cache.width, lanes = cache.lanes;
+    const int longest = *std::max_element(seen, seen + count);
+    alignas(64) float scores[QUERIES][SPAN];
+    alignas(64) float packed[256 * QUERIES];
+    float peak[QUERIES], total[QUERIES];
+    for (int i = 0; i < QUERIES; ++i) {
+        peak[i] = -INFINITY, total[i] = 0;
+        for (int k = 0; k < width; ++k) packed[k * QUERIES + i] = i < count ? queries[i][k] : 0.0f;
+        if (i < count) std::fill(outs[i], outs[i] + lanes, 0.0f);
+    }
+    for (int from = 0; from < longest; from += SPAN) {
+        const int to = std::min(longest, from + SPAN), tokens = to - from;
+        for (int s = 0; s < tokens; s += BLOCK) {
+            const float* keys = cache.keys_of(table[(from + s) / BLOCK], head);
+            Floats acc[QUERIES];
+            for (int i = 0; i < QUERIES; ++i) acc[i] = zero();
+            for (int k = 0; k < width; ++k) {
+                const Floats key = load(keys + k * BLOCK);
+#pragma GCC unroll 8
+                for (int i = 0; i < QUERIES; ++i) acc[i] = fma(splat(packed[k * QUERIES + i]), key, acc[i]);
+            }
+            for (int i = 0; i < count; ++i) store(&scores[i][s], acc[i]);
+        }
+        const int rounded = (tokens + BLOCK - 1) / BLOCK * BLOCK;
+        for (int i = 0; i < count; ++i) {
+            const int visible = std::clamp(seen[i] - from, 0, tokens);
+            std::fill(scores[i] + visible, scores[i] + rounded, -INFINITY);
+            if (visible == 0) {  // all of this span lies in the row's future
+                std::fill(scores[i], scores[i] + rounded, 0.0f);
+                continue;
+            }
+            Floats most = splat(-INFINITY);
+            bool is_number = true;
+            for (int s = 0; s < rounded; s += 16) most = larger(most, load(&scores[i][s]));
+            for (int s = 0; s < visible; ++s) is_number &= scores[i][s] == scores[i][s];
+            const float before = peak[i];
+            peak[i] = is_number ? std::max(before, largest(most)) : NAN;
+            const float kept = before == -INFINITY ? 0.0f : std::exp(before - peak[i]);
+            Floats sums = zero();
+            for (int s = 0; s < rounded; s += 16) {
+                Floats weight = exponential(add(load(&scores[i][s]), splat(-peak[i])));
+                store(&scores[i][s], weight);
+            }
+            // exponential() ends at e^-87, which is not nothing: hidden tokens are set to it here.
+            std::fill(scores[i] + visible, scores[i] + rounded, 0.0f);
+            for (int s = 0; s < rounded; s += 16) sums = add(sums, load(&scores[i][s]));
+            total[i] = is_number ? total[i] * kept + sum(sums) : NAN;
+            for (int k = 0; k < lanes; k += 16) store(outs[i] + k, multiply(load(outs[i] + k), splat(kept)));
+        }
+        for (int i = count; i < QUERIES; ++i) std::fill(scores[i], scores[i] + rounded, 0.0f);
+        for (int k = 0; k < lanes; k += 16) {
+            Floats acc[QUERIES];
+            for (int i = 0; i < QUERIES; ++i) acc[i] = i < count ? load(outs[i] + k) : zero();
+            for (int s = 0; s < tokens; s += BLOCK) {
+                const float* values = cache.values_of(table[(from + s) / BLOCK], head) + k;
+                const int inside = std::min(BLOCK, tokens - s);
+                for (int t = 0; t < inside; ++t) {
+                    const Floats value = load(values + size_t(t) * lanes);
+#pragma GCC unroll 8
+                    for (int i = 0; i < QUERIES; ++i) acc[i] = fma(splat(scores[i][s + t]), value, acc[i]);
+                }
+            }
+            for (int i = 0; i < count; ++i) store(outs[i] + k, acc[i]);
+        }
+    }
+    for (int i = 0; i < count; ++i) {
+        const Floats inverse = splat(1.0f / total[i]);
+        for (int k = 0; k < lanes; k += 16) store(outs[i] + k, multiply(load(outs[i] + k), inverse));
+    }
+}
+
+}  // namespace
+
+// ---- What Python calls ---------------------------------------------------------------------------------------------
+
+extern "C" {
+
+struct Layer {
+    const float *attention_norm, *ffn_norm;
+    Matrix qkv, output, gate_up, down;  // wq, wk, wv stacked; wo; w1, w3 stacked, each padded to whole panels; w2
+};
+
+struct Network {
+    int layers, dim, query_heads, key_heads, head_width, ffn_dim, kind;
+    float epsilon;
+    const Layer* layer;
+    const float* norm;
+    Matrix head;  // from states to logits
+    const float *cosine, *sine;  // [position][head_width / 2]
+    float *keys, *values;        // [layer][block] ...
+    int64_t layer_floats;        // of keys, and of values, in one layer
+    float *x, *wide, *attended, *floats, *scales;  // scratch for rows_at_once rows
+    int8_t* bytes;
+    int32_t* starts;
+    int threads;
+};
+
+struct Work {
+    int rows, sequences, sampled, table_width;
+    const float* embedded;  // [rows][dim]
+    const int32_t *start, *count, *tables, *sampled_rows;  // of sequences; tables: [sequences][table_width]
+    const int32_t *position, *slot;                        // of rows; a slot is block * BLOCK + place in the block
+    float* logits;          // [sampled][padded outputs of the head]
+};
+
+int64_t packed_bytes(int kind, int outputs, int inputs) {
+    return int64_t((outputs + PANEL - 1) / PANEL) * panel_bytes(kind, padded(inputs));
+}
+
+// Rows [0, outputs) of a float32 matrix into panels; `target` has packed_bytes.
+void pack(int kind, const float* weights, int outputs, int inputs, uint8_t* target) {
+    const int all = padded(inputs), group = group_of(kind), panels = (outputs + PANEL - 1) / PANEL;
+#pragma omp parallel for schedule(static)
+    for (int panel = 0; panel < panels; ++panel) {
+        uint8_t* out = target + size_t(panel) * panel_bytes(kind, all);
+        auto weight = [&](int lane, int i) {
+            const int row = panel * PANEL + lane;
+            return row < outputs && i < inputs ? weights[size_t(row) * inputs + i] : 0.0f;
+        };
+        float lanes[PANEL];
+        if (kind == FLOAT32 || kind == FLOAT16) {
+            for (int i = 0; i < all; ++i) {
+                for (int lane = 0; lane < PANEL; ++lane) lanes[lane] = weight(lane, i);
+                if (kind == FLOAT32) store((float*)out + size_t(i) * PANEL, load(lanes));
+                else store_half((uint16_t*)out + size_t(i) * PANEL, load(lanes));
+            }
+            continue;
+        }
+        const float steps = kind == INT8 ? 127.0f : 7.0f;
+        for (int g = 0; g < all / group; ++g) {
+            uint16_t* scales = (uint16_t*)out;
+            for (int lane = 0; lane < PANEL; ++lane) {
+                float peak = 0;
+                for (int i = 0; i < group; ++i) {
+                    const float w = weight(lane, g * group + i);
+                    // int4 has one step more below zero than above: the largest weight takes it, whatever its sign.
+                    if (std::fabs(w) > std::fabs(peak)) peak = w;
+                }
+                lanes[lane] = kind == INT8 ? std::fabs(peak) / steps : peak / -8.0f;
+            }
+            store_half(scales, load(lanes));
+            store(lanes, load_half(scales));  // weights are rounded by the scale that is stored
+            out += PANEL * 2;
+            for (int i = 0; i < group; ++i)
+                for (int lane = 0; lane < PANEL; ++lane) {
+                    const float scaled = lanes[lane] == 0 ? 0 : weight(lane, g * group + i) / lanes[lane];
+                    if (kind == INT8) {
+                        out[(i / 4) * 64 + lane * 4 + i % 4] =
+                            uint8_t(int8_t(std::clamp(std::nearbyint(scaled), -127.0f, 127.0f)));
+                    } else {
+                        const int code = int(std::clamp(std::nearbyint(scaled) + 8, 0.0f, 15.0f));
+                        uint8_t& byte = out[(i / 8) * 64 + lane * 4 + i % 4];
+                        byte = uint8_t(i % 8 < 4 ? code : byte | code << 4);
+                    }
+                }
+            out += size_t(group) * PANEL / (kind == INT8 ? 1 : 2);
+        }
+    }
+}
+
+// out = values w^T by itself, for tests and for measuring; out is (rows, outputs padded to whole panels).
+void product_of(int kind, const uint8_t* panels, int outputs, int inputs, const float* values, int rows, float* out,
+                float* floats, int8_t* bytes, float* scales, int32_t* starts, int threads) {
+    const Matrix w{kind, outputs, inputs, panels};
+    const Packed a{kind, rows, padded(inputs), floats, bytes, scales, starts};
+#pragma omp parallel num_threads(threads)
+    {
+        float* line = (float*)std::aligned_alloc(64, size_t(a.inputs) * 4);
+#pragma omp for
+        for (int r = 0; r < rows; ++r) {
+            std::copy(values + size_t(r) * inputs, values + size_t(r + 1) * inputs, line);
+            pack_row(a, r, line, inputs);
+        }
+        product(a, w, out, size_t((outputs + PANEL - 1) / PANEL) * PANEL, false);
+        std::free(line);
+    }
+}
+
+// Run all layers over the new tokens, whose keys and values enter the cache, and write the logits that are wanted.
+void step(const Network* net, const Work* work) {
+    const int dim = net->dim, width = net->head_width, lanes = lanes_of(width), half = width / 2, rows = work->rows;
+    const int H = net->query_heads, G = net->key_heads, R = H / G;
+    const size_t x_stride = size_t(dim + PANEL - 1) / PANEL * PANEL;
+    const int qkv_width = (H + 2 * G) * width, attended_width = H * width;
+    const int ffn = (net->ffn_dim + PANEL - 1) / PANEL * PANEL;  // w1 and w3 begin at whole panels
+    const size_t wide_stride = std::max(size_t(qkv_width + PANEL - 1) / PANEL * PANEL, size_t(ffn) * 2);
+    const float scale = 1.0f / std::sqrt(float(width));
+    const int line_floats = padded(std::max({dim, attended_width, ffn}));
+
+    auto packed = [&](int count, int inputs) {
+        return Packed{net->kind, count, padded(inputs), net->floats, net->bytes, net->scales, net->starts};
+    };
+    auto normalised = [&](const float* x, const float* weight, float* line) {
+        float squares = 0;
+        int i = 0;
+        Floats total = zero();
+        for (; i + 16 <= dim; i += 16) total = fma(load(x + i), load(x + i), total);
+        for (squares = sum(total); i < dim; ++i) squares += x[i] * x[i];
+        const float inverse = 1.0f / std::sqrt(squares / dim + net->epsilon);
+        for (int j = 0; j < dim; ++j) line[j] = x[j] * inverse * weight[j];
+    };
+
+#pragma omp parallel num_threads(net->threads)
+    {
+        float* line = (float*)std::aligned_alloc(64, size_t(line_floats) * 4);
+#pragma omp for
+        for (int n = 0; n < rows; ++n)
+            std::copy(work->embedded + size_t(n) * dim, work->embedded + size_t(n + 1) * dim, net->x + n * x_stride);
+        for (int l = 0; l < net->layers; ++l) {
+            const Layer& layer = net->layer[l];
+            const Cache cache{net->keys + l * net->layer_floats, net->values + l * net->layer_floats, G, width, lanes};
+            const Packed a = packed(rows, dim);
+#pragma omp for
+            for (int n = 0; n < rows; ++n) {
+                normalised(net->x + n * x_stride, layer.attention_norm, line);
+                pack_row(a, n, line, dim);
+            }
+            product(a, layer.qkv, net->wide, wide_stride, false);
+#pragma omp barrier
+            // Rotate queries and keys, store keys and values.
+#pragma omp for
+            for (int n = 0; n < rows; ++n) {
+                const float *cosine = net->cosine + size_t(work->position[n]) * half;
+                const float *sine = net->sine + size_t(work->position[n]) * half;
+                float* row = net->wide + n * wide_stride;
+                for (int h = 0; h < H + G; ++h) {
+                    float* x = row + h * width;
+                    const float size = h < H ? scale : 1.0f;
+                    for (int k = 0; k < half; ++k) {
+                        const float first = x[k], second = x[k + half];
+                        x[k] = (first * cosine[k] - second * sine[k]) * size;
+                        x[k + half] = (second * cosine[k] + first * sine[k]) * size;
+                    }
+                }
+                const int block = work->slot[n] / BLOCK, place = work->slot[n] % BLOCK;
+                for (int g = 0; g < G; ++g) {
+                    float* keys = cache.keys_of(block, g);
+                    for (int k = 0; k < width; ++k) keys[k * BLOCK + place] = row[(H + g) * width + k];
+                    std::copy_n(row + (H + G + g) * width, width, cache.values_of(block, g) + place * cache.lanes);
+                }
+            }
+            // Each task is one key/value head of one sequence and a few of its query rows.
+            int first_row = 0;
+            for (int s = 0; s < work->sequences; ++s) {
+                const int queries = work->count[s] * R, tasks = (queries + QUERIES - 1) / QUERIES;
+#pragma omp for schedule(dynamic, 1) nowait
+                for (int task = 0; task < tasks * G; ++task) {
+                    const int g = task % G, from = task / G * QUERIES, count = std::min(QUERIES, queries - from);
+                    float *query[QUERIES], *out[QUERIES];
+                    int seen[QUERIES];
+                    for (int i = 0; i < count; ++i) {
+                        const int t = (from + i) / R, h = g * R + (from + i) % R, n = first_row + t;
+                        query[i] = net->wide + n * wide_stride + h * width;
+                        out[i] = net->attended + (size_t(n) * H + h) * lanes;
+                        seen[i] = work->start[s] + t + 1;
+                    }
+                    attend(cache, work->tables + size_t(s) * work->table_width, g, count, query, seen, out);
+                }
+                first_row += work->count[s];
+            }
+#pragma omp barrier
+            const Packed b = packed(rows, attended_width);
+#pragma omp for
+            for (int n = 0; n < rows; ++n) {
+                for (int h = 0; h < H; ++h)
+                    std::copy_n(net->attended + (size_t(n) * H + h) * lanes, width, line + h * width);
+                pack_row(b, n, line, attended_width);
+            }
+            product(b, layer.output, net->x, x_stride, true);
+#pragma omp barrier
+            const Packed c = packed(rows, dim);
+#pragma omp for
+            for (int n = 0; n < rows; ++n) {
+                normalised(net->x + n * x_stride, layer.ffn_norm, line);
+                pack_row(c, n, line, dim);
+            }
+            product(c, layer.gate_up, net->wide, wide_stride, false);
+#pragma omp barrier
+            const Packed d = packed(rows, net->ffn_dim);
+#pragma omp for
+            for (int n = 0; n < rows; ++n) {
+                const float *gate = net->wide + n * wide_stride, *up = gate + ffn;
+                for (int i = 0; i < ffn; i += 16) {  // silu(gate) * up
+                    const Floats x = load(gate + i);
+                    const Floats away = exponential(multiply(x, splat(-1.0f)));
+                    store(line + i, multiply(divide(x, add(away, splat(1.0f))), load(up + i)));
+                }
+                pack_row(d, n, line, net->ffn_dim);
+            }
+            product(d, layer.down, net->x, x_stride, true);
+#pragma omp barrier
+        }
+        if (work->sampled) {
+            const Packed a = packed(work->sampled, dim);
+#pragma omp for
+            for (int r = 0; r < work->sampled; ++r) {
+                normalised(net->x + work->sampled_rows[r] * x_stride, net->norm, line);
+                pack_row(a, r, line, dim);
+            }
+            product(a, net->head, work->logits, size_t(net->head.outputs + PANEL - 1) / PANEL * PANEL, false);
+        }
+        std::free(line);
+    }
+}
+
+}  // extern "C"

@@ -1,0 +1,146 @@
+"""Compiles ``kernels.cpp`` for the machine it runs on, once, and gives it to Python through ctypes.
+
+The library is kept in the user's cache folder (``XDG_CACHE_HOME``, by default ``~/.cache``, under
+``llama-stack/kernels``), named by what it was made of: source, compiler, processor and torch. Without a C++ compiler,
+or on a processor without the vector instructions, ``library`` says why there is none and whoever asked takes the plain
+path. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from ctypes import POINTER, Structure, c_float, c_int, c_int64, c_void_p
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).parent / "kernels.cpp"
+PANEL = 16
+"""Output channels side by side in a packed matrix."""
+INPUT_MULTIPLE = 64
+"""Inputs are padded to a multiple of this."""
+LANES = 16
+"""Head widths in the cache are padded to a multiple of this."""
+BLOCK = 16
+"""Tokens in a block of the cache."""
+WIDEST_HEAD = 256
+KINDS = {"float32": 0, "float16": 1, "int8": 2, "int4": 3}
+"""What weights can be packed as, with the number that the kernels know it by."""
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC")
+_COMPILE_SECONDS = 120
+
+
+class CMatrix(Structure):
+    """``Matrix`` of kernels.cpp."""
+
+    _fields_ = (("kind", c_int), ("outputs", c_int), ("inputs", c_int), ("panels", c_void_p))
+
+
+class CLayer(Structure):
+    """``Layer`` of kernels.cpp."""
+
+    _fields_ = (
+        *(("attention_norm", c_void_p), ("ffn_norm", c_void_p)),
+        *(("qkv", CMatrix), ("output", CMatrix), ("gate_up", CMatrix), ("down", CMatrix)),
+    )
+
+
+class CNetwork(Structure):
+    """``Network`` of kernels.cpp."""
+
+    _fields_ = (
+        *((name, c_int) for name in ("layers", "dim", "query_heads", "key_heads", "head_width", "ffn_dim", "kind")),
+        ("epsilon", c_float),
+        ("layer", POINTER(CLayer)),
+        ("norm", c_void_p),
+        ("head", CMatrix),
+        *((name, c_void_p) for name in ("cosine", "sine", "keys", "values")),
+        ("layer_floats", c_int64),
+        *((name, c_void_p) for name in ("x", "wide", "attended", "floats", "scales", "bytes", "starts")),
+        ("threads", c_int),
+    )
+
+
+class CWork(Structure):
+    """``Work`` of kernels.cpp."""
+
+    _fields_ = (
+        *((name, c_int) for name in ("rows", "sequences", "sampled", "table_width")),
+        ("embedded", c_void_p),
+        *((name, c_void_p) for name in ("start", "count", "tables", "sampled_rows", "position", "slot")),
+        ("logits", c_void_p),
+    )
+
+
+class KernelsUnavailableError(Exception):
+    """There are no compiled kernels on this machine; the text says why."""
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.CDLL:
+    """Return the kernels, compiled if they have not been before (about four seconds).
+
+    Raises ``KernelsUnavailableError`` where that cannot be done. Called off the event loop.
+    """
+    compiler = shutil.which(os.environ.get("CXX") or "g++") or shutil.which("clang++")
+    if compiler is None:
+        raise KernelsUnavailableError("no C++ compiler is installed (g++)")
+    try:
+        version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=30, check=True).stdout
+        made_of = (SOURCE.read_text(), *_FLAGS, version, _processor(), torch.__version__)
+        name = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:32]
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        path = cache / "llama-stack" / "kernels" / f"{name}.so"
+        if not path.exists():
+            _compile(compiler, path)
+        return _declared(ctypes.CDLL(str(path)))
+    except subprocess.CalledProcessError as error:
+        first = (error.stderr or "").strip().splitlines() or ["no message"]
+        raise KernelsUnavailableError(f"{compiler} failed: {first[0]}") from error
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise KernelsUnavailableError(f"the kernels cannot be compiled or loaded: {error}") from error
+
+
+def _compile(compiler: str, path: Path) -> None:
+    """Compile aside and move into place: of two processes that start together, either's file is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # torch brings an OpenMP of its own; a second one beside it would fight it for the cores.
+    own = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        objects, made = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
+        run = {"capture_output": True, "text": True, "timeout": _COMPILE_SECONDS, "check": True}
+        subprocess.run([compiler, *_FLAGS, "-c", str(SOURCE), "-o", str(objects)], **run)  # type: ignore[call-overload]
+        openmp = [str(own[0])] if own else ["-fopenmp"]
+        subprocess.run([compiler, "-shared", str(objects), "-o", str(made), *openmp], **run)  # type: ignore[call-overload]
+        made.replace(path)
+
+
+def _processor() -> str:
+    """What decides which instructions ``-march=native`` stands for."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
+
+
+def _declared(kernels: ctypes.CDLL) -> ctypes.CDLL:
+    kernels.packed_bytes.argtypes = (c_int, c_int, c_int)
+    kernels.packed_bytes.restype = c_int64
+    kernels.pack.argtypes = (c_int, c_void_p, c_int, c_int, c_void_p)
+    kernels.pack.restype = None
+    kernels.product_of.argtypes = (
+        *(c_int, c_void_p, c_int, c_int, c_void_p, c_int, c_void_p),
+        *(c_void_p, c_void_p, c_void_p, c_void_p, c_int),
+    )
+    kernels.product_of.restype = None
+    kernels.step.argtypes = (POINTER(CNetwork), POINTER(CWork))
+    kernels.step.restype = None
+    return kernels
