@@ -9,7 +9,6 @@ that breaks down later. Which provider serves a request is ``routing``'s; HTTP i
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 from collections.abc import AsyncIterator, Sequence
@@ -21,10 +20,9 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from .apis.config import Config
 from .apis.contract import Api
 from .apis.models import Models
-from .distribution import Distribution, FaceEntry, ProviderEntry
+from .distribution import Distribution
 from .errors import (
     ContractMismatchError,
     NotProvidedError,
@@ -156,7 +154,7 @@ class Stack:
             for entry in entries:
                 api = registry.api(name)
                 found = registry.provider(api, entry.provider)
-                config = _settings(found.spec, entry)
+                config = found.spec.config.read(entry.config)
                 instance = Instance(
                     found.spec,
                     found.plugin.label,
@@ -170,7 +168,7 @@ class Stack:
         self._faces: list[Instance] = []
         for face in distribution.faces:
             installed = registry.face(face.face)
-            config = _settings(installed.spec, face)
+            config = installed.spec.config.read(face.config)
             self._faces.append(Instance(installed.spec, installed.plugin.label, face.face, config))
         self._routed: dict[type[Api], Api] = {api: route(api, instances) for api, instances in by_api.items()}
         self._routed.setdefault(Models, ModelCatalog(self._providers))
@@ -353,12 +351,6 @@ async def _first_try(instance: Instance) -> None:
             if instance.is_optional:
                 instance.state = State.FAILED
                 return
-
-
-def _settings(spec: ProviderSpec | FaceSpec, entry: ProviderEntry | FaceEntry) -> Config:
-    # As JSON, which is how a check of the distribution reads it: there a list is a tuple, and a text a path, also to a
-    # field that is strict.
-    return spec.config.model_validate_json(json.dumps(entry.config))
 
 
 def _mismatch(instance: Instance, started: object) -> ContractMismatchError | None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict
@@ -16,6 +19,14 @@ class Config(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> Self:
+        """The configuration that a checked distribution describes.
+
+        As JSON, which is how the check reads it: there a list is a tuple, and a text a path, also to a strict field.
+        """
+        return cls.model_validate_json(json.dumps(values))
 
 
 class NoConfig(Config):

@@ -57,7 +57,7 @@ class StackApp(FastAPI):
         inner: ASGIApp = self._routes
         for entry in reversed(stack.distribution.middleware):
             spec = stack.registry.middleware(entry.middleware).spec
-            inner = spec.wrap(inner, spec.config.model_validate(entry.config))
+            inner = spec.wrap(inner, spec.config.read(entry.config))
         metrics = Metrics(stack, lambda: self.traffic.running)
         sites = Sites(config.host, config.allowed_hosts, config.allowed_origins)
         self.traffic = Traffic(inner, sites, metrics, config.limits)

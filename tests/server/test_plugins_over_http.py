@@ -13,6 +13,7 @@ import httpx2
 import pytest
 from fastapi import APIRouter, HTTPException, Request, Response
 from fastapi.responses import StreamingResponse
+from pydantic import Field
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -31,6 +32,7 @@ pytestmark = pytest.mark.anyio
 
 class Tag(Config):
     tag: str
+    paths: tuple[str, ...] = Field(default=(), strict=True)
 
 
 class Plugin:
@@ -160,7 +162,7 @@ async def with_plugin(*, inmost: str | None = None, **limits: float) -> AsyncIte
             "providers": {"inference": [{"provider": "stub"}]},
             "faces": [{"face": "sample"}],
             "middleware": [
-                {"middleware": "tag", "config": {"tag": "outer"}},
+                {"middleware": "tag", "config": {"tag": "outer", "paths": ["/v1"]}},
                 {"middleware": "tag", "config": {"tag": "inner"}},
                 *([{"middleware": inmost}] if inmost else []),
             ],
