@@ -11,7 +11,7 @@ PROJECTS := $(wildcard providers/*/pyproject.toml)
 TORCH := torch==2.13.0
 ARGS ?=
 
-.PHONY: setup run test simulate lint tiny bench-server bench-footprint clean help
+.PHONY: setup run test simulate lint tiny bench-server bench-footprint bench-engine clean help
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -40,6 +40,9 @@ bench-server: $(VENV)/.test ## the server's overhead against the smallest FastAP
 
 bench-footprint: $(VENV)/.test ## what the core costs: install size, --help, a server with a stub
 	@$(VENV)/bin/python benchmarks/footprint.py
+
+bench-engine: $(VENV)/.test ## tokens a second of the engine, beside transformers and the machine's limits
+	@$(VENV)/bin/python benchmarks/engine.py $(ARGS)
 
 clean: ## remove the environment
 	rm -rf $(VENV)

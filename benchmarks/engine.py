@@ -1,0 +1,242 @@
+"""How fast the engine is beside transformers, and how near to what the machine can do at all.
+
+    python benchmarks/engine.py                           # the small network, all types of weights
+    python benchmarks/engine.py --network 1b --types float16 int8 --streams 1 8
+
+Llama networks with random weights: `125m` (width 768, 12 layers, vocabulary 32,000) and `1b` (the shape of Llama 3.2
+1B). A run gives each stream a prompt of its own and lets it write on. Ours goes through the whole engine: its thread,
+scheduler, sampling and delivery to an event loop, with look-up and prefix reuse off. Prefill is prompt tokens by the
+time to the last stream's first token, in a run that is too short to decode; decode is the tokens that come after every
+stream has its first, by their time. transformers does the same work by its own forward passes with its dynamic cache,
+float32. Sides alternate and medians of `--runs` count.
+
+Limits are measured in the same run: reading (the sum of a large tensor, all threads) and float32 multiplication (a
+square product). `of limit` is the bytes of weights that a token must read by that reading speed, for one stream; for a
+prefill it is the float32 operations of its layers, which types with integer arithmetic may exceed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+import torch
+from llama_stack_meta_reference.inference.engine import Engine, Generation, Ticket
+from llama_stack_meta_reference.inference.kv_cache import blocks_for
+from llama_stack_meta_reference.inference.native_runner import NativeRunner
+from llama_stack_meta_reference.inference.runner import Runner, TorchRunner
+from llama_stack_meta_reference.llama.config import LlamaConfig
+from llama_stack_meta_reference.llama.model import Llama
+
+from llama_stack.apis.common import SamplingParams
+
+_SMALL = LlamaConfig(
+    dim=768,
+    n_layers=12,
+    n_heads=12,
+    n_kv_heads=12,
+    head_dim=64,
+    ffn_dim=2048,
+    vocab_size=32_000,
+    norm_eps=1e-5,
+    rope_theta=500_000.0,
+    rope_scaling=None,
+    max_context=2048,
+    tied_embeddings=False,
+)
+NETWORKS = {
+    "125m": _SMALL,
+    "1b": replace(
+        _SMALL, dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, ffn_dim=8192, vocab_size=128_256, tied_embeddings=True
+    ),
+}
+BITS = {"float32": 32.0, "float16": 16.0, "int8": 8.25, "int4": 4.5}
+TYPES = (*BITS, "plain")
+"""Of ours; ``plain`` is torch in float32, without compiled kernels."""
+PEER = "transformers"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens a second of one run, all streams together."""
+
+    prefill: float
+    decode: float
+
+
+class Ours:
+    """An engine over random weights."""
+
+    def __init__(self, model: Llama, kind: str, streams: int, context: int) -> None:
+        blocks = streams * blocks_for(context)
+        runner: Runner
+        if kind == "plain":
+            runner = TorchRunner(model, blocks=blocks)
+        else:
+            runner = NativeRunner(deepcopy(model), kind=kind, blocks=blocks, context=context)
+        self._engine = Engine(
+            runner,
+            blocks=blocks,
+            context=context,
+            vocabulary=model.config.vocab_size,
+            stop_ids=frozenset(),
+            max_sequences=streams,
+            prefix_reuse=False,
+        )
+
+    def run(self, prompts: list[list[int]], new_tokens: int) -> Speed:
+        """Generate ``new_tokens`` after each prompt."""
+        return asyncio.run(self._run(prompts, new_tokens))
+
+    async def _run(self, prompts: list[list[int]], new_tokens: int) -> Speed:
+        if not self._engine.is_running:
+            self._engine.start()
+        began = time.perf_counter()
+        tickets = [self._engine.submit([Generation(prompt, SamplingParams(), new_tokens)])[0] for prompt in prompts]
+        arrivals = await asyncio.gather(*(_arrivals(ticket) for ticket in tickets))
+        first = max(times[0] for times in arrivals)
+        last = max(times[-1] for times in arrivals)
+        later = sum(moment > first for times in arrivals for moment in times)
+        prefilled = sum(map(len, prompts)) / (first - began)
+        return Speed(prefilled, later / (last - first) if later else 0.0)
+
+    def close(self) -> None:
+        """Free the memory."""
+        asyncio.run(self._engine.stop())
+
+
+async def _arrivals(ticket: Ticket) -> list[float]:
+    return [time.perf_counter() async for _ in ticket]
+
+
+class Transformers:
+    """The peer, over the same weights."""
+
+    def __init__(self, model: Llama) -> None:
+        from transformers import LlamaConfig as TheirConfig
+        from transformers import LlamaForCausalLM
+
+        theirs: Any = LlamaForCausalLM
+        with torch.device("meta"):
+            self._model = theirs(TheirConfig(**model.config.to_hugging_face()))
+        self._model.to_empty(device="cpu")
+        for name, buffer in theirs(TheirConfig(**(model.config.to_hugging_face() | _TINY))).named_buffers():
+            owner, _, leaf = name.rpartition(".")
+            setattr(self._model.get_submodule(owner), leaf, buffer)
+        with torch.no_grad():
+            for parameter in self._model.parameters():
+                parameter.normal_(0.0, 0.02)
+        self._model.eval()
+
+    @torch.inference_mode()
+    def run(self, prompts: list[list[int]], new_tokens: int) -> Speed:
+        """As ``Ours.run``; all prompts are one batch."""
+        tokens = torch.tensor(prompts)
+        began = time.perf_counter()
+        out = self._model(tokens, use_cache=True, logits_to_keep=1)
+        first = time.perf_counter()
+        for _ in range(new_tokens - 1):
+            token = out.logits[:, -1].argmax(-1, keepdim=True)
+            out = self._model(token, past_key_values=out.past_key_values, use_cache=True)
+        last = time.perf_counter()
+        decoded = len(prompts) * (new_tokens - 1)
+        return Speed(tokens.numel() / (first - began), decoded / (last - first) if decoded else 0.0)
+
+    def close(self) -> None:
+        """Free the memory."""
+        del self._model
+
+
+_TINY = {"num_hidden_layers": 1, "intermediate_size": 8, "vocab_size": 8}
+"""Sizes on which the rotary buffers do not depend."""
+
+
+def read_limit() -> float:
+    """GB/s that all threads read together."""
+    large = torch.ones(1 << 28)
+    return large.nbytes / _fastest(large.sum) / 1e9
+
+
+def product_limit() -> float:
+    """GFLOP/s of a float32 product of 2048 x 2048."""
+    square = torch.randn(2048, 2048)
+    return 2 * 2048**3 / _fastest(lambda: square @ square) / 1e9
+
+
+def _fastest(work: Callable[[], object]) -> float:
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+@contextmanager
+def side(name: str, model: Llama, streams: int, context: int) -> Iterator[Ours | Transformers]:
+    """One of ``TYPES`` or the peer, in memory for the block."""
+    running = Transformers(model) if name == PEER else Ours(model, name, streams, context)
+    try:
+        yield running
+    finally:
+        running.close()
+
+
+def main() -> None:
+    """Measure and print one table."""
+    parser = argparse.ArgumentParser(description="The engine's speed beside transformers' and the machine's limits.")
+    parser.add_argument("--network", choices=NETWORKS, default="125m")
+    parser.add_argument("--types", nargs="+", choices=TYPES, default=[*BITS])
+    parser.add_argument("--streams", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--no-peer", action="store_true", help="ours alone")
+    options = parser.parse_args()
+
+    config = NETWORKS[options.network]
+    model = Llama(config, device="cpu", dtype=torch.float32)
+    model.initialize(torch.Generator().manual_seed(0))
+    model.requires_grad_(False)
+    read, product = read_limit(), product_limit()
+    table = config.vocab_size * config.dim
+    layers = config.parameter_count - table * (1 if config.tied_embeddings else 2)
+    print(f"{options.network}: {config.parameter_count / 1e6:.0f} M weights", end=", ")
+    print(f"{(layers + table) / 1e6:.0f} M of them read for a token")
+    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    print(f"{threads}: reading {read:.1f} GB/s, float32 {product:.0f} GFLOP/s")
+    names = [*options.types, *([] if options.no_peer else [PEER])]
+    print(f"prompt {options.prompt}, {options.new} new tokens, medians of {options.runs}; tokens/s of all streams\n")
+    print(f"| streams | {'side':<12} | prefill | decode | decode / {PEER} | of limit: prefill, decode |")
+    print("|---|---|---|---|---|---|")
+    generator = torch.Generator().manual_seed(1)
+    for streams in options.streams:
+        prompts = torch.randint(0, config.vocab_size, (streams, options.prompt), generator=generator).tolist()
+        found: dict[str, list[Speed]] = {name: [] for name in names}
+        for _ in range(options.runs):
+            for name in names:
+                with side(name, model, streams, options.prompt + options.new + 1) as running:
+                    running.run([prompt[:16] for prompt in prompts], 2)  # warm up
+                    found[name].append(running.run(prompts, options.new))
+        peer = median(speed.decode for speed in found[PEER]) if PEER in found else None
+        for name, speeds in found.items():
+            prefill = median(speed.prefill for speed in speeds)
+            decode = median(speed.decode for speed in speeds)
+            bits = BITS.get(name, 32.0)
+            ratio = f"{decode / peer:.2f}" if peer else ""
+            of_read = decode * (layers + table) * bits / 8 / (read * 1e9)
+            of_product = prefill * 2 * layers / (product * 1e9)
+            limit = f"{of_product:.2f}, {of_read:.2f}" if streams == 1 else f"{of_product:.2f}"
+            print(f"| {streams} | {name:<12} | {prefill:.0f} | {decode:.1f} | {ratio} | {limit} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
