@@ -17,6 +17,8 @@ from llama_stack_meta_reference.tiny.case import Case, user
 from llama_stack_meta_reference.tiny.cases import Phase, training_cases
 
 _ROUND_TO = 16
+_LONGEST_SLIP = 16  # tokens
+_LONGEST_LOOP = 24  # tokens
 _POOL = 512
 """Cases drawn at a time, to be sorted by length before they are put into batches."""
 
@@ -90,6 +92,35 @@ class Encoder:
         return Sample(tuple(tokens), tuple(learnt))
 
 
+def stumbled(sample: Sample, draw: random.Random) -> Sample:
+    """``sample`` with a slip of the pen: what was just written stands there again, once or many times.
+
+    The slip itself is not learnt, but what comes after it is. A model that has only ever seen faultless replies does
+    not know the way back once it repeats itself, and then does not end its turn (compare Ross et al. 2011,
+    arXiv:1011.0686).
+    """
+    place = draw.choice([position for position, is_learnt in enumerate(sample.learnt) if is_learnt])
+    length = draw.choice((1, 1, 2, 3, 5, 8))
+    again = sample.tokens[place - length : place] * draw.randint(1, _LONGEST_SLIP // length)
+    tokens = (*sample.tokens[:place], *again, *sample.tokens[place:])
+    return Sample(tokens, (*sample.learnt[:place], *(False for _ in again), *sample.learnt[place:]))
+
+
+def given_up(sample: Sample, draw: random.Random) -> Sample:
+    """``sample`` cut off after words of a reply that stand there again and again; learnt is to end the turn then.
+
+    Where the way back is not found, an end is the next best thing.
+    """
+    length = draw.choice((1, 2, 3, 5, 6, 8))
+    places = [place for place in range(length, len(sample.tokens)) if all(sample.learnt[place - length : place])]
+    if not places:
+        return sample
+    place = draw.choice(places)
+    again = sample.tokens[place - length : place] * draw.randint(2, _LONGEST_LOOP // length)
+    tokens = (*sample.tokens[:place], *again, sample.tokens[-1])
+    return Sample(tokens, (*sample.learnt[:place], *(False for _ in again), True))
+
+
 def batches(
     encoder: Encoder,
     seed: int,
@@ -99,17 +130,23 @@ def batches(
     longest: int,
     phases: Mapping[Phase, float],
     echoes: float = 0,
+    stumbles: float = 0,
+    surrenders: float = 0,
 ) -> list[Batch]:
     """The batches of the ``pool``-th pool of cases, each of about ``tokens`` tokens, in an order that the seed settles.
 
-    ``phases`` gives the share of each phase's cases in the pool; ``echoes`` is the share of echoes that come on top.
-    Cases longer than ``longest`` tokens are left out.
+    ``phases`` gives the share of each phase's cases in the pool; ``stumbles`` is the share of them in which the
+    assistant stumbles and ``surrenders`` that of those where it gives up; ``echoes`` is the share of echoes, which come
+    on top. What is longer than ``longest`` tokens is left out.
     """
     pool_seed = seed * 1_000_003 + pool
     samples: list[Sample] = []
     for phase, share in phases.items():
         samples += map(encoder.sample, islice(training_cases(pool_seed, phase), int(_POOL * share)))
     draw = random.Random(f"echo {pool_seed}")
+    samples = [stumbled(sample, draw) if draw.random() < stumbles else sample for sample in samples]
+    if surrenders:
+        samples = [given_up(sample, draw) if draw.random() < surrenders else sample for sample in samples]
     samples += [encoder.echo(draw) for _ in range(int(_POOL * echoes))]
     by_length: dict[int, list[Sample]] = {}
     for sample in samples:

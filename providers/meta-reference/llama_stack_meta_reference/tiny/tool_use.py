@@ -89,7 +89,7 @@ def built_in_case(words: Words) -> Case:
 
 def _tool(words: Words) -> Tool:
     arguments: dict[str, str] = {}
-    for _ in range(words.choice((1, 1, 2) if words.is_wide else (1, 1, 1, 2))):
+    for _ in range(words.choice((1, 1, 2) if words.split == "train" else (1, 1, 1, 2))):
         name = _argument_name(words)
         arguments[name] = "integer" if words.chance(0.2 if words.is_wide else 0.1) else "string"
     return Tool(words.choice(_VERBS), words.noun(), arguments)
@@ -102,7 +102,7 @@ def _argument_name(words: Words) -> str:
     """
     if words.is_wide:
         return words.own(ARGUMENTS) if words.chance(0.7) else words.pseudo(2)
-    if words.split == "train" and words.chance(0.75):
+    if words.split == "train" and words.chance(0.85):
         return words.noun() if words.chance(0.6) else words.pseudo(2)
     return words.own([name for name in ARGUMENTS if name != "type"]) if words.chance(0.9) else words.pseudo(2)
 

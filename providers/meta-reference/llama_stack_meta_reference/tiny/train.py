@@ -51,7 +51,7 @@ class Plan:
     """How long and how fast to train. The same plan on the same machine gives the same weights."""
 
     seed: int = 1
-    steps: int = 4200
+    steps: int = 4700
     batches: int = 2
     """Batches a step, whose gradients are averaged."""
     batch_tokens: int = 2560
@@ -61,15 +61,22 @@ class Plan:
     """Learning rate of the embedding table and the norms, which AdamW updates (arXiv:1711.05101)."""
     warm_up_steps: int = 30
     decay_step: int = 1000
-    """From here on the rates fall linearly, to ``plain_rate`` at ``plain_step`` and then to nothing at the end."""
+    """From here on the rates fall linearly, to ``plain_rate`` at ``plain_step`` and to nothing at ``closing_step``."""
     plain_step: int = 2000
     """From here on the cases are like those that are measured."""
     plain_rate: float = 0.47
+    closing_step: int = 4200
+    """From here on the model learns to give up too, at rates that fall from ``closing_rate`` to nothing."""
+    closing_rate: float = 0.15
     drill_steps: int = 300
     """Steps in which a part of the cases are copying tasks: that skill comes first, all others rest on it."""
     drill_share: float = 0.5
     echoes: float = 0.08
     """The share of ``Encoder.echo`` samples that come on top of the cases."""
+    stumbles: float = 0.3
+    """The share of cases in which the assistant repeats itself once and has to find the way back."""
+    surrenders: float = 0.3
+    """The share of cases, after ``closing_step``, in which it has lost its way and has to end its turn."""
     average_decay: float = 0.99
     """Of the running average of the weights, which is what gets measured and kept."""
     clip_norm: float = 1.0
@@ -79,7 +86,9 @@ class Plan:
         if step < self.plain_step:
             fallen = (step - self.decay_step) / max(self.plain_step - self.decay_step, 1)
             return min(1.0, (step + 1) / self.warm_up_steps, 1.0 - fallen * (1.0 - self.plain_rate))
-        return self.plain_rate * (self.steps - step) / max(self.steps - self.plain_step, 1)
+        if step < self.closing_step:
+            return self.plain_rate * (self.closing_step - step) / max(self.closing_step - self.plain_step, 1)
+        return self.closing_rate * (self.steps - step) / max(self.steps - self.closing_step, 1)
 
 
 def tokenizer_from_cases(seed: int, cases: int = TOKENIZER_CASES, vocabulary: int = VOCABULARY) -> tokenizers.Tokenizer:
@@ -201,6 +210,8 @@ class Trainer:
             longest=LONGEST_SAMPLE,
             phases=phases,
             echoes=plan.echoes,
+            stumbles=plan.stumbles,
+            surrenders=plan.surrenders if self._pool_step >= plan.closing_step else 0,
         )
 
     def _train(self, own: Sequence[Batch]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -13,7 +14,7 @@ from llama_stack_meta_reference.llama.model import Llama
 from llama_stack_meta_reference.llama.tokenizer import Tokenizer, load_tokenizer
 from llama_stack_meta_reference.tiny.__main__ import CHECKPOINT
 from llama_stack_meta_reference.tiny.cases import training_cases
-from llama_stack_meta_reference.tiny.samples import Encoder, batches
+from llama_stack_meta_reference.tiny.samples import Encoder, batches, given_up, stumbled
 from llama_stack_meta_reference.tiny.start import start
 from llama_stack_meta_reference.tiny.train import CONFIG, Plan, Trainer, tokenizer_from_cases
 
@@ -101,3 +102,40 @@ def test_words_are_cut_the_same_way_wherever_they_stand() -> None:
     assert ids[0][1:] == ids[1][1:] == ids[2][1:]
     assert ids[0][0] == "Ġ"
     assert tokenizer.to_str() == tokenizer_from_cases(1, cases=400, vocabulary=900).to_str()
+
+
+def test_after_a_slip_the_model_learns_the_way_back_and_not_the_slip(tokenizer: Tokenizer) -> None:
+    """Learnt repetitions would make it repeat itself; an unlearnt rest would leave it without an end."""
+    encoder, draw = Encoder(tokenizer), random.Random(0)
+    for case in islice(training_cases(6), 60):
+        sample = encoder.sample(case)
+        slipped = stumbled(sample, draw)
+        added = len(slipped.tokens) - len(sample.tokens)
+        assert 1 <= added <= 16
+        # Take out the slip, wherever it is, and what remains is the sample; none of the slip is learnt.
+        assert any(
+            slipped.tokens[:place] + slipped.tokens[place + added :] == sample.tokens
+            and slipped.learnt[:place] + slipped.learnt[place + added :] == sample.learnt
+            and not any(slipped.learnt[place : place + added])
+            for place in range(len(sample.tokens))
+        )
+
+
+def test_who_has_lost_the_way_learns_to_end_the_turn(tokenizer: Tokenizer) -> None:
+    """What repeats itself is not learnt; the token after it, which is, is the one that ends the reply."""
+    encoder, draw, unchanged = Encoder(tokenizer), random.Random(0), 0
+    for case in islice(training_cases(7), 60):
+        sample = encoder.sample(case)
+        lost = given_up(sample, draw)
+        if lost == sample:  # too short a reply to be repeated
+            unchanged += 1
+            continue
+        end = len(lost.tokens) - 1
+        assert (lost.tokens[end], lost.learnt[end]) == (sample.tokens[-1], True)
+        begin = max(i for i in range(end) if lost.learnt[i]) + 1
+        loop = lost.tokens[begin:end]
+        lengths = [n for n in range(1, 9) if len(loop) >= 2 * n and loop == lost.tokens[begin - n : end - n]]
+        assert lengths, "at least twice what stands before it"
+        assert lost.tokens[:begin] == sample.tokens[:begin]
+        assert lost.learnt[:begin] == sample.learnt[:begin]
+    assert unchanged < 20
