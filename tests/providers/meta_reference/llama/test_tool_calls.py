@@ -452,4 +452,6 @@ def test_golden_replies_of_the_dialogs_are_read_back() -> None:
         for reply, message in zip(replies, written, strict=True):
             expected = [(call["tool_name"], call["arguments"]) for call in message.get("tool_calls", [])]
             if tools:
-                assert [item for item in parse(pieces(reply), tools) if isinstance(item, tuple)] == expected
+                # A bar behind a backslash in a golden prompt is text that only looks like a special token
+                said = [piece.replace("<\\|", "<|") if type(piece) is str else piece for piece in pieces(reply)]
+                assert [item for item in parse(said, tools) if isinstance(item, tuple)] == expected
