@@ -1,7 +1,7 @@
 """The runner for CPUs: a whole step in one call of the compiled kernels (native/kernels.cpp).
 
-Its cache is its own: float32, keys of a block transposed, so that sixteen tokens are scored at a time. Room for the
-activations grows with the largest step and is kept.
+Its cache is its own: float16, or float32 beside float32 weights; keys of a block are transposed, so that sixteen tokens
+are scored at a time. Room for the activations grows with the largest step and is kept.
 
 Shape suffixes as in llama/model.py.
 """
@@ -32,9 +32,13 @@ def supports(config: LlamaConfig) -> bool:
     return config.head_dim <= WIDEST_HEAD
 
 
+def _cache_dtype(kind: str) -> torch.dtype:
+    return torch.float32 if kind == "float32" else torch.float16
+
+
 @dataclass(frozen=True)
 class NativeStorage:
-    """Packed weights of one of ``KINDS`` beside a float32 cache; a ``Storage``."""
+    """Packed weights of one of ``KINDS``, and the cache beside them; a ``Storage``."""
 
     kind: str
     table_dtype: torch.dtype
@@ -53,7 +57,9 @@ class NativeStorage:
 
     def cache_bytes_per_token(self, config: LlamaConfig) -> int:
         """See ``Storage``."""
-        return 2 * 4 * config.n_layers * config.n_kv_heads * padded(config.head_dim, LANES)
+        return (
+            2 * _cache_dtype(self.kind).itemsize * config.n_layers * config.n_kv_heads * padded(config.head_dim, LANES)
+        )
 
 
 class NativeRunner:
@@ -75,9 +81,11 @@ class NativeRunner:
             angle[0, :, 0, : config.head_dim // 2].contiguous() for angle in model.rotary(torch.arange(context)[None])
         )
         lanes = padded(config.head_dim, LANES)
-        layer_floats = (blocks * config.n_kv_heads) * lanes * BLOCK
-        self._keys: Tensor | None = torch.zeros(config.n_layers * layer_floats)
-        self._values: Tensor | None = torch.zeros(config.n_layers * layer_floats)
+        # What is kept in full is attended to in full; beside rounded weights the cache's float16 does not show.
+        dtype = _cache_dtype(kind)
+        layer = blocks * config.n_kv_heads * lanes * BLOCK
+        self._keys: Tensor | None = torch.zeros(config.n_layers * layer, dtype=dtype)
+        self._values: Tensor | None = torch.zeros(config.n_layers * layer, dtype=dtype)
         self._rows = 0
         self._logits = torch.empty(1, padded(config.vocab_size, PANEL))
         self._angles = (cosine, sine)
@@ -97,7 +105,9 @@ class NativeRunner:
             sine=sine.data_ptr(),
             keys=self._keys.data_ptr(),
             values=self._values.data_ptr(),
-            layer_floats=layer_floats,
+            layer_bytes=layer * dtype.itemsize,
+            blocks=blocks,
+            has_half_cache=dtype is torch.float16,
             threads=torch.get_num_threads(),
         )
 

@@ -336,90 +336,136 @@ void product(const Packed& a, const Matrix& w, float* out, size_t stride, bool a
 
 // ---- Attention over a paged cache ----------------------------------------------------------------------------------
 
-constexpr int QUERIES = 8;          // query rows at a time: each key and value is loaded once for all of them
-constexpr int SPAN = 32 * BLOCK;    // keys between two updates of the running softmax (Milakov & Gimelshein 2018)
-
-// Keys of a block lie as [G][K][16 tokens], values as [G][16 tokens][K], with K padded by zeros to whole vectors.
-struct Cache {
-    float *keys, *values;
-    int heads, width, lanes;  // lanes: the padded width
-    float* keys_of(int block, int head) const { return keys + (size_t(block) * heads + head) * lanes * BLOCK; }
-    float* values_of(int block, int head) const { return values + (size_t(block) * heads + head) * lanes * BLOCK; }
-};
+constexpr int QUERIES = 8;        // query rows at a time, at most: each key and value is loaded once for all of them
+constexpr int SPAN = 32 * BLOCK;  // keys between two updates of the running softmax (Milakov & Gimelshein 2018)
+constexpr float HIDDEN = -1e30f;  // the score of what a row does not see; finite, so that what is not stands out
 
 int lanes_of(int width) { return (width + 15) / 16 * 16; }
 
-// Attention of up to QUERIES query rows, all of one key/value head: row i sees the first seen[i] tokens of `table`.
-void attend(const Cache& cache, const int32_t* table, int head, int count, float* const* queries, const int* seen,
+// Keys of a block lie as [K][16 tokens], values as [16 tokens][K], with K padded by zeros to whole vectors; the blocks of
+// one head lie side by side. Numbers are float32, or float16 where is_half.
+struct Cache {
+    uint8_t *keys, *values;
+    int blocks, width, lanes;
+    bool is_half;
+
+    size_t bytes() const { return is_half ? 2 : 4; }
+    size_t at(int block, int head) const { return (size_t(head) * blocks + block) * lanes * BLOCK * bytes(); }
+    void put(uint8_t* base, size_t place, float number) const {
+        if (is_half) ((uint16_t*)base)[place] = _cvtss_sh(number, _MM_FROUND_TO_NEAREST_INT);
+        else ((float*)base)[place] = number;
+    }
+};
+
+template <bool HALF>
+inline Floats load_cached(const uint8_t* base, size_t place) {
+    return HALF ? load_half((const uint16_t*)base + place) : load((const float*)base + place);
+}
+
+// outs[i][k..] += weights[i][t] * values[t][k..] over the tokens of a span, for C vectors of k at a time.
+template <int Q, int C, bool HALF>
+void add_values(const Cache& cache, const int32_t* table, int head, int tokens, const float (*weights)[SPAN + 4 * BLOCK],
+                int k, float* const* outs) {
+    Floats acc[Q][C];
+    for (int i = 0; i < Q; ++i)
+        for (int c = 0; c < C; ++c) acc[i][c] = load(outs[i] + k + c * 16);
+    for (int s = 0; s < tokens; s += BLOCK) {
+        const uint8_t* values = cache.values + cache.at(table[s / BLOCK], head);
+        const int inside = std::min(BLOCK, tokens - s);
+        for (int t = 0; t < inside; ++t) {
+#pragma GCC unroll 4
+            for (int c = 0; c < C; ++c) {
+                const Floats value = load_cached<HALF>(values, size_t(t) * cache.lanes + k + c * 16);
+#pragma GCC unroll 8
+                for (int i = 0; i < Q; ++i) acc[i][c] = fma(splat(weights[i][s + t]), value, acc[i][c]);
+            }
+        }
+    }
+    for (int i = 0; i < Q; ++i)
+        for (int c = 0; c < C; ++c) store(outs[i] + k + c * 16, acc[i][c]);
+}
+
+// Attention of Q query rows, all of one key/value head: row i sees the first seen[i] tokens of `table`.
+template <int Q, bool HALF>
+void attend(const Cache& cache, const int32_t* table, int head, const float* const* queries, const int* seen,
             float* const* outs) {
+    constexpr int AT_ONCE = Q >= 4 ? 1 : 4 / Q;  // blocks, so that there are sums enough to hide a sum's latency
+    constexpr int VECTORS = Q == 8 ? 2 : 4;
     const int width = cache.width, lanes = cache.lanes;
-    const int longest = *std::max_element(seen, seen + count);
-    alignas(64) float scores[QUERIES][SPAN];
-    alignas(64) float packed[256 * QUERIES];
-    float peak[QUERIES], total[QUERIES];
-    for (int i = 0; i < QUERIES; ++i) {
-        peak[i] = -INFINITY, total[i] = 0;
-        for (int k = 0; k < width; ++k) packed[k * QUERIES + i] = i < count ? queries[i][k] : 0.0f;
-        if (i < count) std::fill(outs[i], outs[i] + lanes, 0.0f);
+    const int longest = *std::max_element(seen, seen + Q);
+    alignas(64) float scores[Q][SPAN + 4 * BLOCK];
+    alignas(64) float packed[256 * Q];
+    float peak[Q], total[Q];
+    for (int i = 0; i < Q; ++i) {
+        peak[i] = HIDDEN, total[i] = 0;
+        for (int k = 0; k < width; ++k) packed[k * Q + i] = queries[i][k];
+        std::fill(outs[i], outs[i] + lanes, 0.0f);
     }
     for (int from = 0; from < longest; from += SPAN) {
-        const int to = std::min(longest, from + SPAN), tokens = to - from;
-        for (int s = 0; s < tokens; s += BLOCK) {
-            const float* keys = cache.keys_of(table[(from + s) / BLOCK], head);
-            Floats acc[QUERIES];
-            for (int i = 0; i < QUERIES; ++i) acc[i] = zero();
-            for (int k = 0; k < width; ++k) {
-                const Floats key = load(keys + k * BLOCK);
+        const int32_t* span = table + from / BLOCK;
+        const int tokens = std::min(SPAN, longest - from), blocks = (tokens + BLOCK - 1) / BLOCK;
+        for (int first = 0; first < blocks; first += AT_ONCE) {
+            const uint8_t* keys[AT_ONCE];
+            for (int b = 0; b < AT_ONCE; ++b)
+                keys[b] = cache.keys + cache.at(span[std::min(first + b, blocks - 1)], head);
+            Floats acc[AT_ONCE][Q];
+            for (int b = 0; b < AT_ONCE; ++b)
+                for (int i = 0; i < Q; ++i) acc[b][i] = zero();
+            for (int k = 0; k < width; ++k)
+#pragma GCC unroll 4
+                for (int b = 0; b < AT_ONCE; ++b) {
+                    const Floats key = load_cached<HALF>(keys[b], size_t(k) * BLOCK);
 #pragma GCC unroll 8
-                for (int i = 0; i < QUERIES; ++i) acc[i] = fma(splat(packed[k * QUERIES + i]), key, acc[i]);
-            }
-            for (int i = 0; i < count; ++i) store(&scores[i][s], acc[i]);
+                    for (int i = 0; i < Q; ++i) acc[b][i] = fma(splat(packed[k * Q + i]), key, acc[b][i]);
+                }
+            for (int b = 0; b < AT_ONCE; ++b)
+                for (int i = 0; i < Q; ++i) store(&scores[i][(first + b) * BLOCK], acc[b][i]);
         }
-        const int rounded = (tokens + BLOCK - 1) / BLOCK * BLOCK;
-        for (int i = 0; i < count; ++i) {
-            const int visible = std::clamp(seen[i] - from, 0, tokens);
-            std::fill(scores[i] + visible, scores[i] + rounded, -INFINITY);
-            if (visible == 0) {  // all of this span lies in the row's future
-                std::fill(scores[i], scores[i] + rounded, 0.0f);
-                continue;
-            }
-            Floats most = splat(-INFINITY);
-            bool is_number = true;
-            for (int s = 0; s < rounded; s += 16) most = larger(most, load(&scores[i][s]));
-            for (int s = 0; s < visible; ++s) is_number &= scores[i][s] == scores[i][s];
-            const float before = peak[i];
-            peak[i] = is_number ? std::max(before, largest(most)) : NAN;
-            const float kept = before == -INFINITY ? 0.0f : std::exp(before - peak[i]);
-            Floats sums = zero();
+        for (int i = 0; i < Q; ++i) {
+            float* score = scores[i];
+            const int visible = std::clamp(seen[i] - from, 0, tokens), rounded = blocks * BLOCK;
+            std::fill(score + visible, score + rounded, HIDDEN);
+            Floats most = splat(HIDDEN), broken = zero();
             for (int s = 0; s < rounded; s += 16) {
-                Floats weight = exponential(add(load(&scores[i][s]), splat(-peak[i])));
-                store(&scores[i][s], weight);
+                most = larger(most, load(score + s));
+                broken = fma(load(score + s), zero(), broken);
             }
-            // exponential() ends at e^-87, which is not nothing: hidden tokens are set to it here.
-            std::fill(scores[i] + visible, scores[i] + rounded, 0.0f);
-            for (int s = 0; s < rounded; s += 16) sums = add(sums, load(&scores[i][s]));
-            total[i] = is_number ? total[i] * kept + sum(sums) : NAN;
+            const float before = peak[i];
+            peak[i] = std::max(before, largest(most)) + sum(broken);  // not a number if any score is none
+            const float kept = before == HIDDEN ? 0.0f : std::exp(before - peak[i]);
+            for (int s = 0; s < rounded; s += 16)
+                store(score + s, exponential(add(load(score + s), splat(-peak[i]))));
+            // exponential() ends at e^-87, which is not nothing.
+            std::fill(score + visible, score + rounded, 0.0f);
+            Floats sums = zero();
+            for (int s = 0; s < rounded; s += 16) sums = add(sums, load(score + s));
+            total[i] = total[i] * kept + sum(sums) + sum(broken);
             for (int k = 0; k < lanes; k += 16) store(outs[i] + k, multiply(load(outs[i] + k), splat(kept)));
         }
-        for (int i = count; i < QUERIES; ++i) std::fill(scores[i], scores[i] + rounded, 0.0f);
-        for (int k = 0; k < lanes; k += 16) {
-            Floats acc[QUERIES];
-            for (int i = 0; i < QUERIES; ++i) acc[i] = i < count ? load(outs[i] + k) : zero();
-            for (int s = 0; s < tokens; s += BLOCK) {
-                const float* values = cache.values_of(table[(from + s) / BLOCK], head) + k;
-                const int inside = std::min(BLOCK, tokens - s);
-                for (int t = 0; t < inside; ++t) {
-                    const Floats value = load(values + size_t(t) * lanes);
-#pragma GCC unroll 8
-                    for (int i = 0; i < QUERIES; ++i) acc[i] = fma(splat(scores[i][s + t]), value, acc[i]);
-                }
-            }
-            for (int i = 0; i < count; ++i) store(outs[i] + k, acc[i]);
-        }
+        int k = 0;
+        for (; k + VECTORS * 16 <= lanes; k += VECTORS * 16)
+            add_values<Q, VECTORS, HALF>(cache, span, head, tokens, scores, k, outs);
+        for (; k < lanes; k += 16) add_values<Q, 1, HALF>(cache, span, head, tokens, scores, k, outs);
     }
-    for (int i = 0; i < count; ++i) {
+    for (int i = 0; i < Q; ++i) {
         const Floats inverse = splat(1.0f / total[i]);
         for (int k = 0; k < lanes; k += 16) store(outs[i] + k, multiply(load(outs[i] + k), inverse));
+    }
+}
+
+// As many rows as there are, in the largest groups that there are kernels for.
+template <bool HALF>
+void attend_rows(const Cache& cache, const int32_t* table, int head, int count, const float* const* queries,
+                 const int* seen, float* const* outs) {
+    for (int i = 0; i < count;) {
+        const int left = count - i;
+        const int taken = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+        const auto kernel = taken == 8   ? attend<8, HALF>
+                            : taken == 4 ? attend<4, HALF>
+                            : taken == 2 ? attend<2, HALF>
+                                         : attend<1, HALF>;
+        kernel(cache, table, head, queries + i, seen + i, outs + i);
+        i += taken;
     }
 }
 
@@ -441,8 +487,9 @@ struct Network {
     const float* norm;
     Matrix head;  // from states to logits
     const float *cosine, *sine;  // [position][head_width / 2]
-    float *keys, *values;        // [layer][block] ...
-    int64_t layer_floats;        // of keys, and of values, in one layer
+    uint8_t *keys, *values;      // [layer] ..., see Cache
+    int64_t layer_bytes;         // of keys, and of values, in one layer
+    int blocks, has_half_cache;
     float *x, *wide, *attended, *floats, *scales;  // scratch for rows_at_once rows
     int8_t* bytes;
     int32_t* starts;
@@ -562,7 +609,8 @@ void step(const Network* net, const Work* work) {
             std::copy(work->embedded + size_t(n) * dim, work->embedded + size_t(n + 1) * dim, net->x + n * x_stride);
         for (int l = 0; l < net->layers; ++l) {
             const Layer& layer = net->layer[l];
-            const Cache cache{net->keys + l * net->layer_floats, net->values + l * net->layer_floats, G, width, lanes};
+            const Cache cache{net->keys + l * net->layer_bytes, net->values + l * net->layer_bytes,
+                              net->blocks, width, lanes, net->has_half_cache != 0};
             const Packed a = packed(rows, dim);
 #pragma omp for
             for (int n = 0; n < rows; ++n) {
@@ -588,9 +636,12 @@ void step(const Network* net, const Work* work) {
                 }
                 const int block = work->slot[n] / BLOCK, place = work->slot[n] % BLOCK;
                 for (int g = 0; g < G; ++g) {
-                    float* keys = cache.keys_of(block, g);
-                    for (int k = 0; k < width; ++k) keys[k * BLOCK + place] = row[(H + g) * width + k];
-                    std::copy_n(row + (H + G + g) * width, width, cache.values_of(block, g) + place * cache.lanes);
+                    uint8_t *keys = cache.keys + cache.at(block, g), *values = cache.values + cache.at(block, g);
+                    const float *key = row + (H + g) * width, *value = row + (H + G + g) * width;
+                    for (int k = 0; k < width; ++k) {
+                        cache.put(keys, size_t(k) * BLOCK + place, key[k]);
+                        cache.put(values, size_t(place) * lanes + k, value[k]);
+                    }
                 }
             }
             // Each task is one key/value head of one sequence and a few of its query rows.
@@ -600,7 +651,8 @@ void step(const Network* net, const Work* work) {
 #pragma omp for schedule(dynamic, 1) nowait
                 for (int task = 0; task < tasks * G; ++task) {
                     const int g = task % G, from = task / G * QUERIES, count = std::min(QUERIES, queries - from);
-                    float *query[QUERIES], *out[QUERIES];
+                    const float* query[QUERIES];
+                    float* out[QUERIES];
                     int seen[QUERIES];
                     for (int i = 0; i < count; ++i) {
                         const int t = (from + i) / R, h = g * R + (from + i) % R, n = first_row + t;
@@ -608,7 +660,8 @@ void step(const Network* net, const Work* work) {
                         out[i] = net->attended + (size_t(n) * H + h) * lanes;
                         seen[i] = work->start[s] + t + 1;
                     }
-                    attend(cache, work->tables + size_t(s) * work->table_width, g, count, query, seen, out);
+                    const auto kernel = cache.is_half ? attend_rows<true> : attend_rows<false>;
+                    kernel(cache, work->tables + size_t(s) * work->table_width, g, count, query, seen, out);
                 }
                 first_row += work->count[s];
             }

@@ -62,7 +62,8 @@ class CNetwork(Structure):
         ("norm", c_void_p),
         ("head", CMatrix),
         *((name, c_void_p) for name in ("cosine", "sine", "keys", "values")),
-        ("layer_floats", c_int64),
+        ("layer_bytes", c_int64),
+        *((name, c_int) for name in ("blocks", "has_half_cache")),
         *((name, c_void_p) for name in ("x", "wide", "attended", "floats", "scales", "bytes", "starts")),
         ("threads", c_int),
     )
