@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from llama_stack_meta_reference.llama.checkpoint import save_hugging_face
 from llama_stack_meta_reference.llama.model import Llama
+from llama_stack_meta_reference.native import library as module
+from llama_stack_meta_reference.native.library import library
 
 from tests.providers.meta_reference.small_llama import SMALL
 
@@ -32,3 +35,17 @@ def small_checkpoint(small_model: Llama, tmp_path: Path) -> Path:
     folder = tmp_path / "small"
     save_hugging_face(small_model, folder, eos_ids=[3, 5])
     return folder
+
+
+@pytest.fixture(scope="module", params=["native", "x86-64-v3"])
+def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The kernels as they are compiled for this machine, and for one with AVX2 alone.
+
+    Many machines have no more than AVX2, and none of ours would notice that those kernels are wrong.
+    """
+    flag = module._PROCESSOR_FLAG
+    module._PROCESSOR_FLAG = f"-march={request.param}"
+    library.cache_clear()
+    yield request.param
+    module._PROCESSOR_FLAG = flag
+    library.cache_clear()

@@ -33,7 +33,8 @@ BLOCK = 16
 WIDEST_HEAD = 256
 KINDS = {"float32": 0, "float16": 1, "int8": 2, "int4": 3}
 """What weights can be packed as, with the number that the kernels know it by."""
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC")
+_FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fPIC")
+_PROCESSOR_FLAG = "-march=native"
 _COMPILE_SECONDS = 120
 
 
@@ -95,7 +96,7 @@ def library() -> ctypes.CDLL:
         raise KernelsUnavailableError("no C++ compiler is installed (g++)")
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=30, check=True).stdout
-        made_of = (SOURCE.read_text(), *_FLAGS, version, _processor(), torch.__version__)
+        made_of = (SOURCE.read_text(), *_FLAGS, _PROCESSOR_FLAG, version, _processor(), torch.__version__)
         name = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:32]
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         path = cache / "llama-stack" / "kernels" / f"{name}.so"
@@ -117,7 +118,7 @@ def _compile(compiler: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         objects, made = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
         run = {"capture_output": True, "text": True, "timeout": _COMPILE_SECONDS, "check": True}
-        subprocess.run([compiler, *_FLAGS, "-c", str(SOURCE), "-o", str(objects)], **run)  # type: ignore[call-overload]
+        subprocess.run([compiler, *_FLAGS, _PROCESSOR_FLAG, "-c", str(SOURCE), "-o", str(objects)], **run)  # type: ignore[call-overload]
         openmp = [str(own[0])] if own else ["-fopenmp"]
         subprocess.run([compiler, "-shared", str(objects), "-o", str(made), *openmp], **run)  # type: ignore[call-overload]
         made.replace(path)

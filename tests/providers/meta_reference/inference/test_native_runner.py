@@ -17,7 +17,7 @@ from torch import Tensor
 from tests.providers.meta_reference.kernels import NEEDS_KERNELS
 from tests.providers.meta_reference.small_llama import SMALL
 
-pytestmark = NEEDS_KERNELS
+pytestmark = [NEEDS_KERNELS, pytest.mark.usefixtures("instructions")]
 
 CONTEXT = 1200
 SHAPES = {

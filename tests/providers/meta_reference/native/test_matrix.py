@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.providers.meta_reference.kernels import NEEDS_KERNELS
 
-pytestmark = NEEDS_KERNELS
+pytestmark = [NEEDS_KERNELS, pytest.mark.usefixtures("instructions")]
 
 ERRORS = {"float32": 1e-6, "float16": 4e-4, "int8": 1.2e-2, "int4": 0.13}
 """The largest relative error of a product of random numbers, float16's against weights that it had to round."""
