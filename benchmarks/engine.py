@@ -1,4 +1,4 @@
-"""How fast the engine is beside transformers, and how near to what the machine can do at all.
+"""How fast the engine is beside transformers and llama.cpp, and how near to what the machine can do at all.
 
     python benchmarks/engine.py                           # the small network, all types of weights
     python benchmarks/engine.py --network 1b --types float16 int8 --streams 1 8
@@ -8,7 +8,8 @@ Llama networks with random weights: `125m` (width 768, 12 layers, vocabulary 32,
 scheduler, sampling and delivery to an event loop, with look-up and prefix reuse off. Prefill is prompt tokens by the
 time to the last stream's first token, in a run that is too short to decode; decode is the tokens that come after every
 stream has its first, by their time. transformers does the same work by its own forward passes with its dynamic cache,
-float32. Sides alternate and medians of `--runs` count.
+float32; llama.cpp through its C interface (gguf_peer.py), where its package is installed. Sides alternate and medians
+of `--runs` count.
 
 Limits are measured in the same run: reading (the sum of a large tensor, all threads) and float32 multiplication (a
 square product). `of limit` is the bytes of weights that a token must read by that reading speed, for one stream; for a
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib.util
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -62,6 +64,8 @@ BITS = {"float32": 32.0, "float16": 16.0, "int8": 8.25, "int4": 4.5}
 TYPES = (*BITS, "plain")
 """Of ours; ``plain`` is torch in float32, without compiled kernels."""
 PEER = "transformers"
+GGUF_PEERS = {"float16": "llama.cpp f16", "int8": "llama.cpp q8_0", "int4": "llama.cpp q4_0"}
+"""Of llama.cpp, the side that keeps its weights as ours does."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,23 @@ class Ours:
 
 async def _arrivals(ticket: Ticket) -> list[float]:
     return [time.perf_counter() async for _ in ticket]
+
+
+class LlamaCpp:
+    """The other peer, over random weights of its own."""
+
+    def __init__(self, config: LlamaConfig, name: str, streams: int, context: int) -> None:
+        import gguf_peer
+
+        self._peer = gguf_peer.LlamaCpp(config, name, streams, context, torch.get_num_threads())
+
+    def run(self, prompts: list[list[int]], new_tokens: int) -> Speed:
+        """As ``Ours.run``."""
+        return Speed(*self._peer.run(prompts, new_tokens))
+
+    def close(self) -> None:
+        """Free the memory."""
+        self._peer.close()
 
 
 class Transformers:
@@ -181,9 +202,15 @@ def _fastest(work: Callable[[], object]) -> float:
 
 
 @contextmanager
-def side(name: str, model: Llama, streams: int, context: int) -> Iterator[Ours | Transformers]:
-    """One of ``TYPES`` or the peer, in memory for the block."""
-    running = Transformers(model) if name == PEER else Ours(model, name, streams, context)
+def side(name: str, model: Llama, streams: int, context: int) -> Iterator[Ours | Transformers | LlamaCpp]:
+    """One of ``TYPES`` or a peer, in memory for the block."""
+    running: Ours | Transformers | LlamaCpp
+    if name == PEER:
+        running = Transformers(model)
+    elif name in GGUF_PEERS.values():
+        running = LlamaCpp(model.config, name, streams, context)
+    else:
+        running = Ours(model, name, streams, context)
     try:
         yield running
     finally:
@@ -213,10 +240,16 @@ def main() -> None:
     print(f"{(layers + table) / 1e6:.0f} M of them read for a token")
     threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
     print(f"{threads}: reading {read:.1f} GB/s, float32 {product:.0f} GFLOP/s")
-    names = [*options.types, *([] if options.no_peer else [PEER])]
+    names = list(options.types)
+    if not options.no_peer:
+        names.append(PEER)
+        if importlib.util.find_spec("llama_cpp") and importlib.util.find_spec("gguf"):
+            names += [GGUF_PEERS[kind] for kind in options.types if kind in GGUF_PEERS]
     print(f"prompt {options.prompt}, {options.new} new tokens, medians of {options.runs}; tokens/s of all streams\n")
-    print(f"| streams | {'side':<12} | prefill | decode | decode / {PEER} | of limit: prefill, decode |")
-    print("|---|---|---|---|---|---|")
+    print(
+        "| streams | side | prefill | decode | decode by transformers' | by llama.cpp's: prefill, decode | of limit |"
+    )
+    print("|---|---|---|---|---|---|---|")
     generator = torch.Generator().manual_seed(1)
     for streams in options.streams:
         prompts = torch.randint(0, config.vocab_size, (streams, options.prompt), generator=generator).tolist()
@@ -226,16 +259,21 @@ def main() -> None:
                 with side(name, model, streams, options.prompt + options.new + 1) as running:
                     running.run([prompt[:16] for prompt in prompts], 2)  # warm up
                     found[name].append(running.run(prompts, options.new))
-        peer = median(speed.decode for speed in found[PEER]) if PEER in found else None
-        for name, speeds in found.items():
-            prefill = median(speed.prefill for speed in speeds)
-            decode = median(speed.decode for speed in speeds)
-            bits = BITS.get(name, 32.0)
-            ratio = f"{decode / peer:.2f}" if peer else ""
-            of_read = decode * (layers + table) * bits / 8 / (read * 1e9)
-            of_product = prefill * 2 * layers / (product * 1e9)
-            limit = f"{of_product:.2f}, {of_read:.2f}" if streams == 1 else f"{of_product:.2f}"
-            print(f"| {streams} | {name:<12} | {prefill:.0f} | {decode:.1f} | {ratio} | {limit} |", flush=True)
+        middle = {
+            name: Speed(median(s.prefill for s in speeds), median(s.decode for s in speeds))
+            for name, speeds in found.items()
+        }
+        for name, speed in middle.items():
+            theirs = f"{speed.decode / middle[PEER].decode:.2f}" if PEER in middle else ""
+            peer = middle.get(GGUF_PEERS.get(name, ""))
+            other = f"{speed.prefill / peer.prefill:.2f}, {speed.decode / peer.decode:.2f}" if peer else ""
+            limit = f"{speed.prefill * 2 * layers / (product * 1e9):.2f}"
+            if streams == 1 and name in BITS:
+                limit += f", {speed.decode * (layers + table) * BITS[name] / 8 / (read * 1e9):.2f}"
+            print(
+                f"| {streams} | {name} | {speed.prefill:.0f} | {speed.decode:.1f} | {theirs} | {other} | {limit} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

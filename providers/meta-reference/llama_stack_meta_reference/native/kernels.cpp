@@ -1,7 +1,6 @@
 // One step of a Llama network on a CPU: every layer in one call, so that nothing but arithmetic is left between tokens.
 //
-// Compiled on the machine it runs on (library.py), for the widest vectors that it has: AVX-512 with VNNI, or AVX2 with
-// FMA and F16C. Weights lie in panels of 16 output channels, in the order in which they are read. They are float32,
+// Compiled on the machine it runs on (library.py), for the widest vectors that it has (lanes.h). Weights lie in panels of 16 output channels, in the order in which they are read. They are float32,
 // float16, int8 (groups of 64 inputs) or int4 (groups of 32), each group with a float16 scale; with the integer types
 // the activations are rounded to int8 too, per row and group, so that no row of a batch can disturb another.
 //
@@ -9,12 +8,16 @@
 // head. A "row" is one token's activations. Buffers belong to the caller, except scratch, which belongs to the network.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <immintrin.h>
 #include <omp.h>
+#include <sched.h>
+#include <vector>
+
+#include "lanes.h"
 
 namespace {
 
@@ -39,148 +42,39 @@ size_t panel_bytes(int kind, int inputs) {
 
 int padded(int inputs) { return (inputs + INPUT_MULTIPLE - 1) / INPUT_MULTIPLE * INPUT_MULTIPLE; }
 
-// ---- Sixteen lanes ---------------------------------------------------------------------------------------------
+// ---- Threads -----------------------------------------------------------------------------------------------------
 
-#if defined(__AVX512F__) && defined(__AVX512VNNI__) && defined(__AVX512BW__)
-constexpr int FLOAT_ROWS = 14, INTEGER_ROWS = 12;  // rows of a tile: as many as there are registers for
+// The threads of one step. They meet some ten times a layer, far more often than OpenMP's barriers are made for: those put
+// threads to sleep as soon as the process has more of them than the machine has cores.
+class Team {
+public:
+    int threads = 1;  // as many as there really are: set before any of them meet
 
-struct Floats { __m512 v; };
-struct Integers { __m512i v; };
-struct Bytes { __m512i v; };
+    // Return when all have come.
+    void meet() {
+        if (threads == 1) return;
+        const int phase = phase_.load(std::memory_order_relaxed);
+        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
+            arrived_.store(0, std::memory_order_relaxed);
+            phase_.store(phase + 1, std::memory_order_release);
+            return;
+        }
+        for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins)
+            if (spins < 20000) _mm_pause();
+            else sched_yield();  // the others have no core to run on
+    }
 
-inline Floats zero() { return {_mm512_setzero_ps()}; }
-inline Floats load(const float* p) { return {_mm512_loadu_ps(p)}; }
-inline Floats load_half(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
-inline void store(float* p, Floats x) { _mm512_storeu_ps(p, x.v); }
-inline void store_half(uint16_t* p, Floats x) {
-    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));
-}
-inline Floats splat(float x) { return {_mm512_set1_ps(x)}; }
-inline Floats add(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
-inline Floats multiply(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
-inline Floats divide(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
-inline Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-inline Floats larger(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
-inline Floats smaller(Floats a, Floats b) { return {_mm512_min_ps(a.v, b.v)}; }
-inline Floats magnitude(Floats a) { return {_mm512_abs_ps(a.v)}; }
-inline Floats whole(Floats a) { return {_mm512_roundscale_ps(a.v, 0)}; }
-inline float sum(Floats a) { return _mm512_reduce_add_ps(a.v); }
-inline float largest(Floats a) { return _mm512_reduce_max_ps(a.v); }
-inline Floats power_of_two(Floats whole_number) {  // 2 ** x for whole x from -126 to 127
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(
-        _mm512_add_epi32(_mm512_cvtps_epi32(whole_number.v), _mm512_set1_epi32(127)), 23))};
-}
-inline Integers splat(int32_t x) { return {_mm512_set1_epi32(x)}; }
-inline Floats to_floats(Integers x) { return {_mm512_cvtepi32_ps(x.v)}; }
-inline Bytes load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
-inline Bytes low_nibbles(Bytes x) { return {_mm512_and_si512(x.v, _mm512_set1_epi8(15))}; }
-inline Bytes high_nibbles(Bytes x) { return low_nibbles({_mm512_srli_epi16(x.v, 4)}); }
-// Weights of int8 are stored signed; VNNI multiplies unsigned by signed, so they are moved up by 128 here, which the
-// start value of the sum takes back (`INT8_OFFSET`).
-constexpr int INT8_OFFSET = 128;
-inline Bytes prepared(Bytes x) { return {_mm512_xor_si512(x.v, _mm512_set1_epi8(char(0x80)))}; }
-inline Integers dot_unsigned(Integers acc, Bytes w, int32_t four) {
-    return {_mm512_dpbusd_epi32(acc.v, w.v, _mm512_set1_epi32(four))};
-}
-inline Integers dot_int8(Integers acc, Bytes w, int32_t four) { return dot_unsigned(acc, w, four); }
-inline void store_int8(int8_t* p, Floats x) {
-    _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x.v)));
-}
-#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
-constexpr int FLOAT_ROWS = 5, INTEGER_ROWS = 4;
+    // Call work(i) for this thread's share of the numbers below count, then meet.
+    template <typename Work>
+    void share(int count, int own, Work work) {
+        const int first = int(int64_t(count) * own / threads), last = int(int64_t(count) * (own + 1) / threads);
+        for (int i = first; i < last; ++i) work(i);
+        meet();
+    }
 
-struct Floats { __m256 a, b; };
-struct Integers { __m256i a, b; };
-struct Bytes { __m256i a, b; };
-
-inline Floats zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
-inline Floats load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
-inline Floats load_half(const uint16_t* p) {
-    return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1))};
-}
-inline void store(float* p, Floats x) { _mm256_storeu_ps(p, x.a); _mm256_storeu_ps(p + 8, x.b); }
-inline void store_half(uint16_t* p, Floats x) {
-    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT));
-    _mm_storeu_si128((__m128i*)p + 1, _mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT));
-}
-inline Floats splat(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
-inline Floats add(Floats x, Floats y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
-inline Floats multiply(Floats x, Floats y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
-inline Floats divide(Floats x, Floats y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
-inline Floats fma(Floats x, Floats y, Floats z) {
-    return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
-}
-inline Floats larger(Floats x, Floats y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
-inline Floats smaller(Floats x, Floats y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
-inline Floats magnitude(Floats x) {
-    const __m256 sign = _mm256_set1_ps(-0.0f);
-    return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
-}
-inline Floats whole(Floats x) { return {_mm256_round_ps(x.a, 0), _mm256_round_ps(x.b, 0)}; }
-inline float sum(Floats x) {
-    alignas(32) float lanes[8];
-    _mm256_store_ps(lanes, _mm256_add_ps(x.a, x.b));
-    return ((lanes[0] + lanes[4]) + (lanes[1] + lanes[5])) + ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]));
-}
-inline float largest(Floats x) {
-    alignas(32) float lanes[8];
-    _mm256_store_ps(lanes, _mm256_max_ps(x.a, x.b));
-    return *std::max_element(lanes, lanes + 8);
-}
-inline Floats power_of_two(Floats x) {
-    const __m256i bias = _mm256_set1_epi32(127);
-    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(x.a), bias), 23)),
-            _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(x.b), bias), 23))};
-}
-inline Integers splat(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
-inline Floats to_floats(Integers x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
-inline Bytes load_bytes(const uint8_t* p) {
-    return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)p + 1)};
-}
-inline Bytes low_nibbles(Bytes x) {
-    const __m256i mask = _mm256_set1_epi8(15);
-    return {_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)};
-}
-inline Bytes high_nibbles(Bytes x) { return low_nibbles({_mm256_srli_epi16(x.a, 4), _mm256_srli_epi16(x.b, 4)}); }
-// Without VNNI the pairwise sums are 16 bits wide: moved up by 128 they would overflow. So signs are moved instead.
-constexpr int INT8_OFFSET = 0;
-inline Bytes prepared(Bytes x) { return x; }
-inline __m256i dot8(__m256i acc, __m256i unsigned_bytes, __m256i signed_bytes) {
-    const __m256i pairs = _mm256_maddubs_epi16(unsigned_bytes, signed_bytes);
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-}
-inline Integers dot_unsigned(Integers acc, Bytes w, int32_t four) {
-    const __m256i x = _mm256_set1_epi32(four);
-    return {dot8(acc.a, w.a, x), dot8(acc.b, w.b, x)};
-}
-inline Integers dot_int8(Integers acc, Bytes w, int32_t four) {
-    const __m256i x = _mm256_set1_epi32(four), size = _mm256_abs_epi8(x);
-    return {dot8(acc.a, size, _mm256_sign_epi8(w.a, x)), dot8(acc.b, size, _mm256_sign_epi8(w.b, x))};
-}
-inline void store_int8(int8_t* p, Floats x) {
-    const __m256i words = _mm256_permute4x64_epi64(
-        _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)), 0xD8);
-    _mm_storeu_si128((__m128i*)p, _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
-}
-#else
-#error "needs AVX-512 with VNNI, or AVX2 with FMA and F16C"
-#endif
-
-// e ** x, relative error below 2e-7 (Cephes' expf: range reduction and a polynomial of degree 5).
-inline Floats exponential(Floats x) {
-    x = smaller(larger(x, splat(-87.0f)), splat(88.0f));
-    const Floats n = whole(multiply(x, splat(1.44269504f)));
-    x = fma(n, splat(-0.693359375f), x);
-    x = fma(n, splat(2.12194440e-4f), x);
-    Floats p = splat(1.9875691500e-4f);
-    p = fma(p, x, splat(1.3981999507e-3f));
-    p = fma(p, x, splat(8.3334519073e-3f));
-    p = fma(p, x, splat(4.1665795894e-2f));
-    p = fma(p, x, splat(1.6666665459e-1f));
-    p = fma(p, x, splat(5.0000001201e-1f));
-    p = fma(multiply(p, x), x, add(x, splat(1.0f)));
-    return multiply(p, power_of_two(n));
-}
+private:
+    std::atomic<int> arrived_{0}, phase_{0};
+};
 
 // ---- Activations, packed for the kernels -------------------------------------------------------------------------
 
@@ -309,7 +203,7 @@ using TileProduct = void (*)(const Packed&, int, const Matrix&, int, int, int, f
 constexpr TileProduct TILE_PRODUCTS[] = {
     nullptr,          tile_product<1>, tile_product<2>, tile_product<3>,  tile_product<4>,
     tile_product<5>,
-#if defined(__AVX512F__) && defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#ifdef SIXTEEN_WIDE
     tile_product<6>,  tile_product<7>, tile_product<8>, tile_product<9>,  tile_product<10>,
     tile_product<11>, tile_product<12>, tile_product<13>, tile_product<14>,
 #endif
@@ -317,8 +211,8 @@ constexpr TileProduct TILE_PRODUCTS[] = {
 
 // out = a w^T, or out += a w^T where `adds`; (rows, stride) with room for padded outputs. Called by all threads of a
 // team, each of which takes a part of the panels; the caller waits for the others.
-void product(const Packed& a, const Matrix& w, float* out, size_t stride, bool adds) {
-    const int panels = (w.outputs + PANEL - 1) / PANEL, threads = omp_get_num_threads(), own = omp_get_thread_num();
+void product(const Packed& a, const Matrix& w, float* out, size_t stride, bool adds, int own, int threads) {
+    const int panels = (w.outputs + PANEL - 1) / PANEL;
     const int first = int(int64_t(panels) * own / threads), last = int(int64_t(panels) * (own + 1) / threads);
     const int m = a.tile_rows(), tiles = (a.rows + m - 1) / m, unit = a.is_integer() ? 1 : 4;
     // Few rows: one pass over each panel. Many: the inputs in parts, so that the rows' part stays in the cache.
@@ -572,7 +466,7 @@ void product_of(int kind, const uint8_t* panels, int outputs, int inputs, const 
             std::copy(values + size_t(r) * inputs, values + size_t(r + 1) * inputs, line);
             pack_row(a, r, line, inputs);
         }
-        product(a, w, out, size_t((outputs + PANEL - 1) / PANEL) * PANEL, false);
+        product(a, w, out, size_t((outputs + PANEL - 1) / PANEL) * PANEL, false, omp_get_thread_num(), omp_get_num_threads());
         std::free(line);
     }
 }
@@ -601,29 +495,38 @@ void step(const Network* net, const Work* work) {
         for (int j = 0; j < dim; ++j) line[j] = x[j] * inverse * weight[j];
     };
 
+    // Each task is one key/value head of one sequence and a few of its query rows.
+    std::vector<int> first_row(work->sequences + 1), first_task(work->sequences + 1);
+    for (int q = 0; q < work->sequences; ++q) {
+        first_row[q + 1] = first_row[q] + work->count[q];
+        first_task[q + 1] = first_task[q] + (work->count[q] * R + QUERIES - 1) / QUERIES * G;
+    }
+    std::vector<std::atomic<int>> taken(net->layers);
+    Team team;
+
 #pragma omp parallel num_threads(net->threads)
     {
+#pragma omp single
+        team.threads = omp_get_num_threads();  // OpenMP may give fewer than it was asked for
+        const int own = omp_get_thread_num();
         float* line = (float*)std::aligned_alloc(64, size_t(line_floats) * 4);
-#pragma omp for
-        for (int n = 0; n < rows; ++n)
-            std::copy(work->embedded + size_t(n) * dim, work->embedded + size_t(n + 1) * dim, net->x + n * x_stride);
+        team.share(rows, own, [&](int n) {
+            std::copy_n(work->embedded + size_t(n) * dim, dim, net->x + n * x_stride);
+        });
         for (int l = 0; l < net->layers; ++l) {
             const Layer& layer = net->layer[l];
             const Cache cache{net->keys + l * net->layer_bytes, net->values + l * net->layer_bytes,
                               net->blocks, width, lanes, net->has_half_cache != 0};
-            const Packed a = packed(rows, dim);
-#pragma omp for
-            for (int n = 0; n < rows; ++n) {
+            const Packed a = packed(rows, dim), b = packed(rows, attended_width), c = packed(rows, net->ffn_dim);
+            team.share(rows, own, [&](int n) {
                 normalised(net->x + n * x_stride, layer.attention_norm, line);
                 pack_row(a, n, line, dim);
-            }
-            product(a, layer.qkv, net->wide, wide_stride, false);
-#pragma omp barrier
-            // Rotate queries and keys, store keys and values.
-#pragma omp for
-            for (int n = 0; n < rows; ++n) {
-                const float *cosine = net->cosine + size_t(work->position[n]) * half;
-                const float *sine = net->sine + size_t(work->position[n]) * half;
+            });
+            product(a, layer.qkv, net->wide, wide_stride, false, own, team.threads);
+            team.meet();
+            team.share(rows, own, [&](int n) {  // rotate queries and keys, store keys and values
+                const float* cosine = net->cosine + size_t(work->position[n]) * half;
+                const float* sine = net->sine + size_t(work->position[n]) * half;
                 float* row = net->wide + n * wide_stride;
                 for (int h = 0; h < H + G; ++h) {
                     float* x = row + h * width;
@@ -643,68 +546,57 @@ void step(const Network* net, const Work* work) {
                         cache.put(values, size_t(place) * lanes + k, value[k]);
                     }
                 }
-            }
-            // Each task is one key/value head of one sequence and a few of its query rows.
-            int first_row = 0;
-            for (int s = 0; s < work->sequences; ++s) {
-                const int queries = work->count[s] * R, tasks = (queries + QUERIES - 1) / QUERIES;
-#pragma omp for schedule(dynamic, 1) nowait
-                for (int task = 0; task < tasks * G; ++task) {
-                    const int g = task % G, from = task / G * QUERIES, count = std::min(QUERIES, queries - from);
-                    const float* query[QUERIES];
-                    float* out[QUERIES];
-                    int seen[QUERIES];
-                    for (int i = 0; i < count; ++i) {
-                        const int t = (from + i) / R, h = g * R + (from + i) % R, n = first_row + t;
-                        query[i] = net->wide + n * wide_stride + h * width;
-                        out[i] = net->attended + (size_t(n) * H + h) * lanes;
-                        seen[i] = work->start[s] + t + 1;
-                    }
-                    const auto kernel = cache.is_half ? attend_rows<true> : attend_rows<false>;
-                    kernel(cache, work->tables + size_t(s) * work->table_width, g, count, query, seen, out);
+            });
+            const auto kernel = cache.is_half ? attend_rows<true> : attend_rows<false>;
+            for (int q = 0, task; (task = taken[l].fetch_add(1)) < first_task.back();) {
+                while (task >= first_task[q + 1]) ++q;
+                const int at = task - first_task[q], g = at % G, from = at / G * QUERIES;
+                const int count = std::min(QUERIES, work->count[q] * R - from);
+                const float* query[QUERIES];
+                float* out[QUERIES];
+                int seen[QUERIES];
+                for (int i = 0; i < count; ++i) {
+                    const int t = (from + i) / R, h = g * R + (from + i) % R, n = first_row[q] + t;
+                    query[i] = net->wide + n * wide_stride + h * width;
+                    out[i] = net->attended + (size_t(n) * H + h) * lanes;
+                    seen[i] = work->start[q] + t + 1;
                 }
-                first_row += work->count[s];
+                kernel(cache, work->tables + size_t(q) * work->table_width, g, count, query, seen, out);
             }
-#pragma omp barrier
-            const Packed b = packed(rows, attended_width);
-#pragma omp for
-            for (int n = 0; n < rows; ++n) {
+            team.meet();
+            team.share(rows, own, [&](int n) {
                 for (int h = 0; h < H; ++h)
                     std::copy_n(net->attended + (size_t(n) * H + h) * lanes, width, line + h * width);
                 pack_row(b, n, line, attended_width);
-            }
-            product(b, layer.output, net->x, x_stride, true);
-#pragma omp barrier
-            const Packed c = packed(rows, dim);
-#pragma omp for
-            for (int n = 0; n < rows; ++n) {
+            });
+            product(b, layer.output, net->x, x_stride, true, own, team.threads);
+            team.meet();
+            team.share(rows, own, [&](int n) {
                 normalised(net->x + n * x_stride, layer.ffn_norm, line);
-                pack_row(c, n, line, dim);
-            }
-            product(c, layer.gate_up, net->wide, wide_stride, false);
-#pragma omp barrier
-            const Packed d = packed(rows, net->ffn_dim);
-#pragma omp for
-            for (int n = 0; n < rows; ++n) {
+                pack_row(a, n, line, dim);
+            });
+            product(a, layer.gate_up, net->wide, wide_stride, false, own, team.threads);
+            team.meet();
+            team.share(rows, own, [&](int n) {
                 const float *gate = net->wide + n * wide_stride, *up = gate + ffn;
                 for (int i = 0; i < ffn; i += 16) {  // silu(gate) * up
                     const Floats x = load(gate + i);
                     const Floats away = exponential(multiply(x, splat(-1.0f)));
                     store(line + i, multiply(divide(x, add(away, splat(1.0f))), load(up + i)));
                 }
-                pack_row(d, n, line, net->ffn_dim);
-            }
-            product(d, layer.down, net->x, x_stride, true);
-#pragma omp barrier
+                pack_row(c, n, line, net->ffn_dim);
+            });
+            product(c, layer.down, net->x, x_stride, true, own, team.threads);
+            team.meet();
         }
         if (work->sampled) {
             const Packed a = packed(work->sampled, dim);
-#pragma omp for
-            for (int r = 0; r < work->sampled; ++r) {
+            team.share(work->sampled, own, [&](int r) {
                 normalised(net->x + work->sampled_rows[r] * x_stride, net->norm, line);
                 pack_row(a, r, line, dim);
-            }
-            product(a, net->head, work->logits, size_t(net->head.outputs + PANEL - 1) / PANEL * PANEL, false);
+            });
+            product(a, net->head, work->logits, size_t(net->head.outputs + PANEL - 1) / PANEL * PANEL, false, own,
+                    team.threads);
         }
         std::free(line);
     }

@@ -96,7 +96,8 @@ def library() -> ctypes.CDLL:
         raise KernelsUnavailableError("no C++ compiler is installed (g++)")
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=30, check=True).stdout
-        made_of = (SOURCE.read_text(), *_FLAGS, _PROCESSOR_FLAG, version, _processor(), torch.__version__)
+        sources = [path.read_text() for path in (SOURCE, SOURCE.with_name("lanes.h"))]
+        made_of = (*sources, *_FLAGS, _PROCESSOR_FLAG, version, _processor(), torch.__version__)
         name = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:32]
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         path = cache / "llama-stack" / "kernels" / f"{name}.so"

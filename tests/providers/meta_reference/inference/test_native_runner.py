@@ -117,6 +117,22 @@ def test_a_sequence_that_is_no_number_stays_alone() -> None:
     assert logits_RV.isfinite().all(1).tolist() == [False, True, True]
 
 
+def test_two_threads_give_what_one_gives() -> None:
+    """Each number is made by one thread whatever their count, so not even rounding differs."""
+    model, logits = network(SHAPES["grouped"]), []
+    tokens = tokens_of(model.config, 100, 2)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            runner = native(model, "int8")
+        finally:
+            torch.set_num_threads(1)
+        first = runner.run(Batch(tokens, [0], [100], [list(range(7))], [99])).clone()
+        later = [runner.run(Batch([tokens[at]], [100 + at], [1], [list(range(9))], [0])).clone() for at in range(40)]
+        logits.append(torch.cat([first, *later]))
+    assert torch.equal(*logits)
+
+
 def test_the_memory_plan_counts_what_the_runner_takes() -> None:
     """An operator learns before loading what will not fit: the figures must be those of this runner."""
     for kind in ("float32", "float16", "int8", "int4"):

@@ -44,6 +44,7 @@ def test_a_compiler_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch
     """A processor without the instructions ends here: the source refuses it in one line, which is passed on."""
     source = tmp_path / "kernels.cpp"
     source.write_text('#error "needs AVX2"\n')
+    (tmp_path / "lanes.h").touch()
     monkeypatch.setattr(module, "SOURCE", source)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(KernelsUnavailableError, match="needs AVX2"):
