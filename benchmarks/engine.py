@@ -1,7 +1,7 @@
 """How fast the engine is beside transformers and llama.cpp, and how near to what the machine can do at all.
 
     python benchmarks/engine.py                           # the small network, all types of weights
-    python benchmarks/engine.py --network 1b --types float16 int8 --streams 1 8
+    python benchmarks/engine.py --network 1b --types float16 int8 --streams 1 8 --peers llama.cpp
 
 Llama networks with random weights: `125m` (width 768, 12 layers, vocabulary 32,000) and `1b` (the shape of Llama 3.2
 1B). A run gives each stream a prompt of its own and lets it write on. Ours goes through the whole engine: its thread,
@@ -20,13 +20,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import importlib.util
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from statistics import median
 from typing import Any
 
@@ -64,6 +64,7 @@ BITS = {"float32": 32.0, "float16": 16.0, "int8": 8.25, "int4": 4.5}
 TYPES = (*BITS, "plain")
 """Of ours; ``plain`` is torch in float32, without compiled kernels."""
 PEER = "transformers"
+PEERS = (PEER, "llama.cpp")
 GGUF_PEERS = {"float16": "llama.cpp f16", "int8": "llama.cpp q8_0", "int4": "llama.cpp q4_0"}
 """Of llama.cpp, the side that keeps its weights as ours does."""
 
@@ -226,7 +227,9 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--no-peer", action="store_true", help="ours alone")
+    parser.add_argument(
+        "--peers", nargs="*", choices=PEERS, default=[p for p in PEERS if find_spec(p.replace(".", "_"))]
+    )
     options = parser.parse_args()
 
     config = NETWORKS[options.network]
@@ -241,10 +244,10 @@ def main() -> None:
     threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
     print(f"{threads}: reading {read:.1f} GB/s, float32 {product:.0f} GFLOP/s")
     names = list(options.types)
-    if not options.no_peer:
+    if "transformers" in options.peers:
         names.append(PEER)
-        if importlib.util.find_spec("llama_cpp") and importlib.util.find_spec("gguf"):
-            names += [GGUF_PEERS[kind] for kind in options.types if kind in GGUF_PEERS]
+    if "llama.cpp" in options.peers:
+        names += [GGUF_PEERS[kind] for kind in options.types if kind in GGUF_PEERS]
     print(f"prompt {options.prompt}, {options.new} new tokens, medians of {options.runs}; tokens/s of all streams\n")
     print(
         "| streams | side | prefill | decode | decode by transformers' | by llama.cpp's: prefill, decode | of limit |"
@@ -254,10 +257,13 @@ def main() -> None:
     for streams in options.streams:
         prompts = torch.randint(0, config.vocab_size, (streams, options.prompt), generator=generator).tolist()
         found: dict[str, list[Speed]] = {name: [] for name in names}
-        for _ in range(options.runs):
-            for name in names:
-                with side(name, model, streams, options.prompt + options.new + 1) as running:
-                    running.run([prompt[:16] for prompt in prompts], 2)  # warm up
+        with ExitStack() as stack:
+            context = options.prompt + options.new + 1
+            sides = {name: stack.enter_context(side(name, model, streams, context)) for name in names}
+            for running in sides.values():
+                running.run([prompt[:16] for prompt in prompts], 2)  # warm up
+            for _ in range(options.runs):
+                for name, running in sides.items():
                     found[name].append(running.run(prompts, options.new))
         middle = {
             name: Speed(median(s.prefill for s in speeds), median(s.decode for s in speeds))
