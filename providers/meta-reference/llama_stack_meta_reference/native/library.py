@@ -91,7 +91,7 @@ def library() -> ctypes.CDLL:
 
     Raises ``KernelsUnavailableError`` where that cannot be done. Called off the event loop.
     """
-    compiler = shutil.which(os.environ.get("CXX") or "g++") or shutil.which("clang++")
+    compiler = shutil.which(os.environ.get("CXX") or "g++")
     if compiler is None:
         raise KernelsUnavailableError("no C++ compiler is installed (g++)")
     try:
@@ -121,6 +121,8 @@ def _compile(compiler: str, path: Path) -> None:
         run = {"capture_output": True, "text": True, "timeout": _COMPILE_SECONDS, "check": True}
         subprocess.run([compiler, *_FLAGS, _PROCESSOR_FLAG, "-c", str(SOURCE), "-o", str(objects)], **run)  # type: ignore[call-overload]
         openmp = [str(own[0])] if own else ["-fopenmp"]
+        # All symbols are looked up when the library is loaded: what is missing is an error then, not an abort later.
+        openmp.append("-Wl,-z,now")
         subprocess.run([compiler, "-shared", str(objects), "-o", str(made), *openmp], **run)  # type: ignore[call-overload]
         made.replace(path)
 
