@@ -6,10 +6,10 @@
 Llama networks with random weights: `125m` (width 768, 12 layers, vocabulary 32,000) and `1b` (the shape of Llama 3.2
 1B). A run gives each stream a prompt of its own and lets it write on. Ours goes through the whole engine: its thread,
 scheduler, sampling and delivery to an event loop, with look-up and prefix reuse off. Prefill is prompt tokens by the
-time to the last stream's first token, in which ours already decodes for those that are done; decode is the tokens that come after every
-stream has its first, by their time. transformers does the same work by its own forward passes with its dynamic cache,
-float32; llama.cpp through its C interface (gguf_peer.py), where its package is installed. Sides alternate and medians
-of `--runs` count.
+time to the last stream's first token, in which ours already decodes for those that are done; decode is the tokens that
+come after every stream has its first, by their time. transformers does the same work by its own forward passes with
+its dynamic cache, float32; llama.cpp through its C interface (gguf_peer.py), where its package is installed. Sides
+alternate and medians of `--runs` count.
 
 Limits are measured in the same run: reading (the sum of a large tensor, all threads) and float32 multiplication (a
 square product). `of limit` is the bytes of weights that a token must read by that reading speed, for one stream; for a
