@@ -9,8 +9,9 @@ The format (model cards of Llama 3.1 to 3.3)::
 An assistant's tool calls are written as the model writes them itself: a function as ``{"name": ..., "parameters":
 ...}``, several of them separated by ``; `` (what Llama 3.1 to 3.3 do without being asked), a built-in tool as
 ``<|python_tag|>brave_search.call(query="...")<|eom_id|>``, code as ``<|python_tag|>CODE<|eom_id|>``. Where a
-built-in tool is among several calls, each call has a ``<|python_tag|>`` of its own. ``tool_calls`` reads all of
-these back.
+built-in tool is among several calls, each call has a ``<|python_tag|>`` of its own. Where built-in tools are at hand, a
+function's call ends with ``<|eom_id|>`` too, as in the chat template that is published with Llama 3.1. ``tool_calls``
+reads all of these back.
 
 No date is written into the prompt, though the model cards show one: a prompt must not change with the clock.
 """
@@ -70,18 +71,19 @@ class ChatFormat:
         Raises ``InvalidRequestError``, naming the message, for what a text model cannot be told: attachments, tool
         calls of another role than assistant, tool responses of another role than tool.
         """
-        return self._ids(_dialog(messages, tools))
+        return self._ids(_dialog(messages, tools, self._end_of_calls(tools)))
 
-    def encode_message(self, message: Message) -> list[int]:
-        """One message with its header and end, as it stands inside a dialog."""
-        return self._ids(_message(message, 0))
+    def encode_message(self, message: Message, tools: Sequence[ToolDefinition] = ()) -> list[int]:
+        """One message with its header and end, as it stands inside a dialog with ``tools``."""
+        return self._ids(_message(message, 0, self._end_of_calls(tools)))
 
-    def encode_reply(self, message: Message) -> list[int]:
+    def encode_reply(self, message: Message, tools: Sequence[ToolDefinition] = ()) -> list[int]:
         """What the model itself writes to say ``message``: an assistant's content, calls and end, without the header.
 
-        ``encode_dialog(before) + encode_reply(message)`` is the sample to train on, its second part bearing the loss.
+        ``encode_dialog(before, tools) + encode_reply(message, tools)`` is the sample to train on, its second part bearing
+        the loss.
         """
-        return self._ids(_body(message, 0))
+        return self._ids(_body(message, 0, self._end_of_calls(tools)))
 
     def encode_completion(self, content: Content) -> list[int]:
         """A text to be continued, exactly as given, after ``<|begin_of_text|>``."""
@@ -92,7 +94,12 @@ class ChatFormat:
 
         It is no input for a tokenizer: text that merely looks like a special token can no longer be told from one.
         """
-        return "".join(_dialog(messages, tools))
+        return "".join(_dialog(messages, tools, self._end_of_calls(tools)))
+
+    def _end_of_calls(self, tools: Sequence[ToolDefinition]) -> SpecialToken:
+        """What ends a message of function calls. The first Llama 3 knows no end of a message that is not its turn's."""
+        has_built_in = any(tool.tool_name in BUILT_IN_NAMES for tool in tools)
+        return END_OF_MESSAGE if has_built_in and self._tokenizer.special(END_OF_MESSAGE) is not None else END_OF_TURN
 
     def _ids(self, segments: Sequence[str] | Iterator[str]) -> list[int]:
         ids: list[int] = []
@@ -132,7 +139,7 @@ def _function(tool: ToolDefinition) -> str:
     return _json({**described, "parameters": tool.parameters or {}})
 
 
-def _dialog(messages: Sequence[Message], tools: Sequence[ToolDefinition]) -> Iterator[str]:
+def _dialog(messages: Sequence[Message], tools: Sequence[ToolDefinition], end_of_calls: SpecialToken) -> Iterator[str]:
     yield BEGIN_OF_TEXT
     starts_with_system = bool(messages) and messages[0].role == "system"
     if tools and not starts_with_system:
@@ -146,7 +153,7 @@ def _dialog(messages: Sequence[Message], tools: Sequence[ToolDefinition]) -> Ite
             yield system_text(_text(message.content, "message 0"), tools)
             yield END_OF_TURN
         else:
-            yield from _message(message, index)
+            yield from _message(message, index, end_of_calls)
     yield from _header("assistant")
 
 
@@ -157,13 +164,13 @@ def _header(role: str) -> Iterator[str]:
     yield "\n\n"
 
 
-def _message(message: Message, index: int) -> Iterator[str]:
+def _message(message: Message, index: int, end_of_calls: SpecialToken) -> Iterator[str]:
     if message.role == "tool":
         _check_role(message, index)
         yield from _tool_message(message, index)
     else:
         yield from _header(message.role.value)
-        yield from _body(message, index)
+        yield from _body(message, index, end_of_calls)
 
 
 def _tool_message(message: Message, index: int) -> Iterator[str]:
@@ -179,7 +186,7 @@ def _tool_message(message: Message, index: int) -> Iterator[str]:
         yield END_OF_TURN
 
 
-def _body(message: Message, index: int) -> Iterator[str]:
+def _body(message: Message, index: int, end_of_calls: SpecialToken) -> Iterator[str]:
     _check_role(message, index)
     text = _text(message.content, f"message {index}").strip()
     calls = message.tool_calls
@@ -192,7 +199,7 @@ def _body(message: Message, index: int) -> Iterator[str]:
         yield END_OF_MESSAGE
     else:
         yield "\n".join(filter(None, (text, "; ".join(map(write_call, calls)))))
-        yield END_OF_TURN
+        yield end_of_calls if calls else END_OF_TURN
 
 
 def write_call(call: ToolCall) -> str:

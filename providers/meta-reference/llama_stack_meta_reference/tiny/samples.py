@@ -55,7 +55,7 @@ class Encoder:
 
     def reply(self, case: Case) -> list[int]:
         """What the model should write then, the end of its turn included."""
-        return self._format.encode_reply(case.messages[-1])
+        return self._format.encode_reply(case.messages[-1], case.tools)
 
     def sample(self, case: Case) -> Sample:
         """The whole case. Learnt are the assistant's replies with their ends, or, of prose, all but its start."""
@@ -68,11 +68,11 @@ class Encoder:
         for index, message in enumerate(case.messages[first:]):
             if message.role == Role.ASSISTANT:
                 header = self._header if index else []
-                reply = self._format.encode_reply(message)
+                reply = self._format.encode_reply(message, case.tools)
                 tokens += header + reply
                 learnt += [False] * len(header) + [True] * len(reply)
             else:
-                ids = self._format.encode_message(message)
+                ids = self._format.encode_message(message, case.tools)
                 tokens += ids
                 learnt += [False] * len(ids)
         return Sample(tuple(tokens), tuple(learnt))

@@ -96,7 +96,7 @@ def ids_by_tokenizers(prompt: str, path: Path) -> list[int]:
 
 def test_there_are_twenty_golden_dialogs_with_tools() -> None:
     """The set is what the format is held to; losing a part of it must not go unnoticed."""
-    assert len(GOLDEN) == 29
+    assert len(GOLDEN) == 30
     assert sum(bool(golden["tools"]) for golden in GOLDEN.values()) >= 20
 
 
@@ -165,7 +165,7 @@ def test_prompt_and_reply_together_are_the_dialog(tokenizer: Tokenizer) -> None:
         whole = chat.encode_dialog(messages, tools)
         for index, message in enumerate(messages):
             if message.role is Role.ASSISTANT:
-                sample = chat.encode_dialog(messages[:index], tools) + chat.encode_reply(message)
+                sample = chat.encode_dialog(messages[:index], tools) + chat.encode_reply(message, tools)
                 assert whole[: len(sample)] == sample
 
 
@@ -228,6 +228,14 @@ def test_a_first_generation_tokenizer_chats_and_refuses_built_in_calls(folder: P
     assert chat.encode_dialog([say(Role.USER, "hi")])
     with pytest.raises(InvalidRequestError, match=r"no <\|python_tag\|>.*Llama 3\.1 or later"):
         chat.encode_dialog([say(Role.ASSISTANT, "", ToolCall(tool_name="math", arguments={"query": "1"}))])
+
+
+def test_a_first_generation_tokenizer_ends_every_function_call_with_its_turn(folder: Path) -> None:
+    """It knows no <|eom_id|>: a dialog whose tools include a built-in one must not fail at its second turn."""
+    tokenizer = load_meta(folder / "tokenizer.model", release="3.0")
+    call = say(Role.ASSISTANT, "", ToolCall(tool_name="get_time", arguments={}))
+    tools = [ToolDefinition(tool_name=name) for name in ("web_search", "get_time")]
+    assert tokenizer.special_name(ChatFormat(tokenizer).encode_reply(call, tools)[-1]) == "<|eot_id|>"
 
 
 def test_a_tokenizer_without_headers_is_refused_by_name() -> None:
