@@ -80,8 +80,8 @@ class ChatFormat:
     def encode_reply(self, message: Message, tools: Sequence[ToolDefinition] = ()) -> list[int]:
         """What the model itself writes to say ``message``: an assistant's content, calls and end, without the header.
 
-        ``encode_dialog(before, tools) + encode_reply(message, tools)`` is the sample to train on, its second part bearing
-        the loss.
+        ``encode_dialog(before, tools) + encode_reply(message, tools)`` is the sample to train on, its second part
+        bearing the loss.
         """
         return self._ids(_body(message, 0, self._end_of_calls(tools)))
 
