@@ -51,7 +51,7 @@ class Plan:
     """How long and how fast to train. The same plan on the same machine gives the same weights."""
 
     seed: int = 1
-    steps: int = 4700
+    steps: int = 5400
     batches: int = 2
     """Batches a step, whose gradients are averaged."""
     batch_tokens: int = 2560
@@ -67,7 +67,7 @@ class Plan:
     plain_rate: float = 0.47
     closing_step: int = 4200
     """From here on the model learns to give up too, at rates that fall from ``closing_rate`` to nothing."""
-    closing_rate: float = 0.15
+    closing_rate: float = 0.2
     drill_steps: int = 300
     """Steps in which a part of the cases are copying tasks: that skill comes first, all others rest on it."""
     drill_share: float = 0.5
