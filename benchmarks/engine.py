@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from llama_stack_meta_reference.inference.engine import Engine, Generation, Ticket
 from llama_stack_meta_reference.inference.kv_cache import blocks_for
+from llama_stack_meta_reference.inference.local_executor import LocalExecutor
 from llama_stack_meta_reference.inference.native_runner import NativeRunner
 from llama_stack_meta_reference.inference.runner import Runner, TorchRunner
 from llama_stack_meta_reference.llama.config import LlamaConfig
@@ -88,10 +89,9 @@ class Ours:
         else:
             runner = NativeRunner(deepcopy(model), kind=kind, blocks=blocks, context=context)
         self._engine = Engine(
-            runner,
+            LocalExecutor(runner, model.config.vocab_size),
             blocks=blocks,
             context=context,
-            vocabulary=model.config.vocab_size,
             stop_ids=frozenset(),
             max_sequences=streams,
             prefix_reuse=False,

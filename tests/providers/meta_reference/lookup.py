@@ -12,6 +12,7 @@ from itertools import pairwise
 import torch
 from llama_stack_meta_reference.inference.engine import Engine
 from llama_stack_meta_reference.inference.kv_cache import blocks_for
+from llama_stack_meta_reference.inference.local_executor import LocalExecutor
 from llama_stack_meta_reference.inference.runner import TorchRunner
 from llama_stack_meta_reference.llama.config import LlamaConfig
 from llama_stack_meta_reference.llama.model import Llama
@@ -86,10 +87,9 @@ def new_engine(
     context = context or model.config.max_context
     blocks = blocks or max_sequences * blocks_for(context)
     return Engine(
-        TorchRunner(model, blocks=blocks),
+        LocalExecutor(TorchRunner(model, blocks=blocks), tokenizer.vocab_size),
         blocks=blocks,
         context=context,
-        vocabulary=min(tokenizer.vocab_size, model.config.vocab_size),
         stop_ids=tokenizer.stop_ids,
         max_sequences=max_sequences,
         queue_size=queue_size,

@@ -11,7 +11,7 @@ from itertools import pairwise
 from zlib import crc32
 
 import torch
-from llama_stack_meta_reference.inference.runner import Batch
+from llama_stack_meta_reference.inference.batch import Batch
 from torch import Tensor
 
 VOCABULARY = 8

@@ -1,8 +1,8 @@
 """The loop that owns one model: requests come in through a bounded line and leave as streams of tokens.
 
-One thread calls the runner and nothing else touches it. Each turn of the loop frees the blocks of whoever cancelled,
-plans a step for all (``scheduler``), runs it (``runner``), picks the tokens (``sampler``) and hands them to the event
-loops that wait for them, once a step. With nothing to do it sleeps.
+One thread calls the executor and nothing else does. Each turn of the loop frees the blocks of whoever cancelled, plans
+a step for all (``scheduler``), has it executed (``executor``) and hands the picked tokens to the event loops that wait
+for them, once a step. With nothing to do it sleeps.
 
 A step that fails takes down the requests in flight, with ``EngineRestartedError``, and nobody else: the cache is
 blanked, for what a broken step left in it could reach other sequences, and the loop goes on.
@@ -18,16 +18,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from time import monotonic
 
-import torch
-
 from llama_stack.apis.common import SamplingParams, StopReason
 from llama_stack.errors import DrainingError, EngineRestartedError, OverloadedError, StackError
 
+from .executor import Executor
 from .kv_cache import BlockPool, blocks_for
 from .lookup import PromptLookup
 from .metrics import EngineMetrics
-from .runner import Runner
-from .sampler import SampledToken, Sampler, sample
+from .sampler import SampledToken, Sampler
 from .scheduler import NOT_FINITE, End, Scheduler, Sequence, Step
 
 logger = logging.getLogger("llama_stack.meta_reference.engine")
@@ -93,19 +91,18 @@ class Ticket:
 
 
 class Engine:
-    """Runs generations on one model, many at a time. ``start`` it once; ``stop`` ends its thread and the runner.
+    """Runs generations on one model, many at a time. ``start`` it once; ``stop`` ends its thread and the executor.
 
-    ``blocks`` says how many blocks the runner's cache has; they hold at least one ``context``. ``stop_ids`` end a
-    generation; tokens from ``vocabulary`` on, which a padded network has and its tokenizer has not, are never picked.
+    ``blocks`` says how many blocks the executor's cache has; they hold at least one ``context``. ``stop_ids`` end a
+    generation.
     """
 
     def __init__(
         self,
-        runner: Runner,
+        executor: Executor,
         *,
         blocks: int,
         context: int,
-        vocabulary: int,
         stop_ids: frozenset[int],
         max_sequences: int = 32,
         queue_size: int = 256,
@@ -114,16 +111,15 @@ class Engine:
         prefix_reuse: bool = True,
         name: str = "model",
     ) -> None:
-        if blocks < blocks_for(context, runner.block_tokens):
-            raise ValueError(f"{blocks} blocks of {runner.block_tokens} tokens do not hold a context of {context}")
+        if blocks < blocks_for(context, executor.block_tokens):
+            raise ValueError(f"{blocks} blocks of {executor.block_tokens} tokens do not hold a context of {context}")
         self.context = context
         self.name = name
         self.steps = 0
         """How many steps have been run, counting those that failed."""
-        self._runner = runner
-        self._vocabulary = vocabulary
+        self._executor = executor
         self._stop_ids = stop_ids
-        self._pool = BlockPool(blocks, runner.block_tokens)
+        self._pool = BlockPool(blocks, executor.block_tokens)
         self._scheduler = Scheduler(
             self._pool,
             max_sequences=max_sequences,
@@ -191,7 +187,7 @@ class Engine:
             self._lock.notify()
         if self._thread.ident is not None:
             await asyncio.to_thread(self._thread.join)
-        self._runner.close()
+        self._executor.close()
 
     def submit(self, request: list[Generation]) -> list[Ticket]:
         """Put one request, of one generation or a batch of them, in line; return a ticket for each generation.
@@ -259,7 +255,7 @@ class Engine:
 
     def _turn(self) -> None:
         if not self._is_clean:
-            self._runner.reset()
+            self._executor.reset()
             self._is_clean = True
         with self._lock:
             if self._has_cancelled:
@@ -271,13 +267,9 @@ class Engine:
             return
         self.steps += 1
         began = monotonic()
-        with torch.inference_mode():
-            logits_RV = self._runner.run(step.batch)
-            picked: list[SampledToken | None] = []
-            if step.batch.sampled:
-                rows = [part.sequence for part in step.parts for _ in range(part.sampled)]
-                wants_logprobs = [sequence.wants_logprobs for sequence in rows]
-                picked = sample(logits_RV[:, : self._vocabulary], [s.sampler for s in rows], wants_logprobs)
+        rows = [part.sequence for part in step.parts for _ in range(part.sampled)]
+        choices = [sequence.sampler.choose(wants_logprobs=sequence.wants_logprobs) for sequence in rows]
+        picked = self._executor.execute(step.batch, choices)
         with self._lock:
             self._settle(step, picked, began)
 

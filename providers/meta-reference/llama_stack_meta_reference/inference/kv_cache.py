@@ -12,10 +12,12 @@ left alone the longest. Owned by one thread at a time; no locking.
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
+from typing import TYPE_CHECKING
 
 from ..llama.config import LlamaConfig
+
+if TYPE_CHECKING:
+    import torch
 
 BLOCK_TOKENS = 16
 """Tokens of a block: fewer waste less of each sequence's last one, more make tables shorter."""

@@ -19,6 +19,7 @@ from ..llama.checkpoint import Checkpoint, load_model, open_checkpoint
 from ..llama.tokenizer import Tokenizer, load_tokenizer
 from ..native.library import WIDEST_HEAD, KernelsUnavailableError, library
 from .engine import Engine
+from .local_executor import LocalExecutor
 from .memory_plan import MemoryPlan, available_memory, memory_plan
 from .native_runner import NativeRunner, NativeStorage, supports
 from .runner import Runner, Storage, TorchRunner, TorchStorage
@@ -66,10 +67,9 @@ def load(name: str, config: ModelConfig) -> LoadedModel:
     logger.info("model %r: %s, %s", name, storage.name, plan)
     opened = monotonic()
     engine = Engine(
-        _runner(name, checkpoint, device, storage, plan),
+        LocalExecutor(_runner(name, checkpoint, device, storage, plan), tokenizer.vocab_size),
         blocks=plan.blocks,
         context=plan.context,
-        vocabulary=tokenizer.vocab_size,
         stop_ids=tokenizer.stop_ids | frozenset(checkpoint.eos_ids),
         max_sequences=config.max_sequences,
         queue_size=config.queue_size,

@@ -21,7 +21,7 @@ from ..llama.config import LlamaConfig
 from ..llama.model import Attention, Block, FeedForward, Llama
 from ..native.library import BLOCK, INPUT_MULTIPLE, LANES, PANEL, WIDEST_HEAD, CLayer, CNetwork, CWork, library
 from ..native.matrix import PackedMatrix, Scratch, padded
-from .runner import Batch
+from .batch import Batch
 
 _BITS = {"float32": 32.0, "float16": 16.0, "int8": 8.25, "int4": 4.5}
 """Bits a weight, scales included."""

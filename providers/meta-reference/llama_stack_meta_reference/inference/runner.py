@@ -9,7 +9,7 @@ are wanted, B sequences with one new token each, S all tokens so far of the long
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -18,23 +18,8 @@ from torch import Tensor
 
 from ..llama.config import LlamaConfig
 from ..llama.model import Llama
+from .batch import Batch
 from .kv_cache import BLOCK_TOKENS, cache_bytes
-
-
-@dataclass(slots=True)
-class Batch:
-    """The work of one step, ragged: the new tokens of all sequences side by side."""
-
-    tokens: list[int] = field(default_factory=list)
-    """The N new tokens."""
-    starts: list[int] = field(default_factory=list)
-    """For each sequence, the position of its first new token."""
-    counts: list[int] = field(default_factory=list)
-    """For each sequence, how many new tokens it has; at least one."""
-    tables: list[list[int]] = field(default_factory=list)
-    """For each sequence, its cache blocks; they cover its new tokens and may be more."""
-    sampled: list[int] = field(default_factory=list)
-    """The places in ``tokens`` after which logits are wanted, ascending."""
 
 
 class Runner(Protocol):

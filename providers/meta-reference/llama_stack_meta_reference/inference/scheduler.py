@@ -20,10 +20,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from .batch import Batch
 from .kv_cache import BlockPool, blocks_for
 from .lookup import Drafter
 from .metrics import EngineMetrics
-from .runner import Batch
 from .sampler import Sampler
 
 NOT_FINITE = -1

@@ -9,8 +9,9 @@ from itertools import accumulate
 import torch
 
 from llama_stack.apis.common import ToolCall
+from llama_stack_meta_reference.inference.batch import Batch
 from llama_stack_meta_reference.inference.kv_cache import blocks_for
-from llama_stack_meta_reference.inference.runner import Batch, TorchRunner
+from llama_stack_meta_reference.inference.runner import TorchRunner
 from llama_stack_meta_reference.llama.model import Llama
 from llama_stack_meta_reference.llama.tokenizer import SpecialToken, TextDecoder, Tokenizer
 from llama_stack_meta_reference.llama.tool_calls import ToolCallParser

@@ -307,7 +307,7 @@ async def test_a_cache_that_cannot_be_blanked_fails_all_and_is_tried_again(
 ) -> None:
     """A device may take a moment to recover: whoever waits learns it, and a later request may succeed."""
     model, engine = gated(max_sequences=1)
-    reset, attempts = engine._runner.reset, 0
+    reset, attempts = engine._executor.reset, 0
 
     def reset_at_second_try() -> None:
         nonlocal attempts
@@ -316,7 +316,7 @@ async def test_a_cache_that_cannot_be_blanked_fails_all_and_is_tried_again(
             raise torch.OutOfMemoryError("no memory")
         reset()
 
-    monkeypatch.setattr(engine._runner, "reset", reset_at_second_try)
+    monkeypatch.setattr(engine._executor, "reset", reset_at_second_try)
     model.fault = RuntimeError("broken")
     async with running(engine):
         tickets = [engine.submit(one(NEWLINE, max_tokens=1))[0] for _ in range(3)]

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from llama_stack_meta_reference.inference.batch import Batch
 from llama_stack_meta_reference.inference.native_runner import NativeRunner, NativeStorage
-from llama_stack_meta_reference.inference.runner import Batch
 from llama_stack_meta_reference.llama.config import LlamaConfig
 from llama_stack_meta_reference.llama.model import Llama
 from torch import Tensor

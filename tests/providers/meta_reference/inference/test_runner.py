@@ -9,8 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llama_stack_meta_reference.inference.batch import Batch
 from llama_stack_meta_reference.inference.kv_cache import blocks_for, cache_bytes
-from llama_stack_meta_reference.inference.runner import Batch, TorchRunner
+from llama_stack_meta_reference.inference.runner import TorchRunner
 from llama_stack_meta_reference.llama.model import Llama
 from torch import Tensor
 

@@ -9,9 +9,9 @@ import os
 import random
 
 import pytest
+from llama_stack_meta_reference.inference.batch import Batch
 from llama_stack_meta_reference.inference.kv_cache import BlockPool, blocks_for
 from llama_stack_meta_reference.inference.lookup import PromptLookup
-from llama_stack_meta_reference.inference.runner import Batch
 from llama_stack_meta_reference.inference.sampler import Sampler
 from llama_stack_meta_reference.inference.scheduler import NOT_FINITE, End, Part, Scheduler, Sequence
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llama_stack_meta_reference.inference.sampler import ALTERNATIVES, Sampler, sample
+from llama_stack_meta_reference.inference.logits import ALTERNATIVES, sample
+from llama_stack_meta_reference.inference.sampler import Sampler
 from torch import Tensor
 
 from llama_stack.apis.common import SamplingParams, SamplingStrategy
@@ -24,7 +25,7 @@ def sampler(strategy: str = "top_p", **numbers: float | int) -> Sampler:
 
 def draws(logits_V: Tensor, how: Sampler, count: int) -> Counter[int]:
     """How often each token is picked in ``count`` draws."""
-    picked = sample(logits_V.expand(count, -1), [how] * count)
+    picked = sample(logits_V.expand(count, -1), [how.choose() for _ in range(count)])
     return Counter(token.token for token in picked if token is not None)
 
 
@@ -91,8 +92,8 @@ def test_a_seed_picks_the_same_alone_and_in_any_batch(
             for row, (kind, p, k) in zip(range(len(rows)), cycle(kinds), strict=False)
         ]
 
-    together = sample(logits_RV, samplers())
-    alone = [sample(logits_RV[row : row + 1], [how])[0] for row, how in enumerate(samplers())]
+    together = sample(logits_RV, [how.choose() for how in samplers()])
+    alone = [sample(logits_RV[row : row + 1], [how.choose()])[0] for row, how in enumerate(samplers())]
     assert together == alone
     assert all(picked is not None and 0 <= picked.token < 7 for picked in together)
 
@@ -110,7 +111,7 @@ def test_a_row_that_is_not_finite_is_told_apart_and_harms_no_other() -> None:
     logits_RV[1, 2] = math.nan
     logits_RV[3, 0] = math.inf
     seeded = [sampler(temperature=1.0, top_p=1.0, seed=7) for _ in range(4)]
-    picked = sample(logits_RV, seeded, [True] * 4)
+    picked = sample(logits_RV, [how.choose(wants_logprobs=True) for how in seeded])
     assert picked[1] is None
     assert picked[3] is None
     assert picked[0] == picked[2]
@@ -122,15 +123,17 @@ def test_a_token_of_no_probability_is_never_picked() -> None:
     banned_V = torch.tensor([-math.inf, 1.0, 1.0, -math.inf])
     how = sampler(temperature=1.0, top_p=1.0, seed=11)
     assert set(draws(banned_V, how, 200)) == {1, 2}
-    how.draw = lambda: math.nextafter(1.0, 0.0)  # type: ignore[method-assign]  # the largest number there is
-    assert set(draws(banned_V, how, 1)) <= {1, 2}
+    largest = how.choose()._replace(drawn=math.nextafter(1.0, 0.0))
+    (picked,) = sample(banned_V[None], [largest])
+    assert picked is not None
+    assert picked.token in {1, 2}
 
 
 def test_logprobs_are_the_models_own_and_come_only_where_asked() -> None:
     """Clients compare them between requests, so temperature and cuts must not show in them."""
     logits_RV = torch.stack([LOGITS_V, LOGITS_V])
     how = [sampler("top_k", temperature=5.0, top_k=1, seed=1), sampler("greedy")]
-    scored, plain = sample(logits_RV, how, [True, False])
+    scored, plain = sample(logits_RV, [how[0].choose(wants_logprobs=True), how[1].choose()])
     assert scored is not None
     assert plain is not None
     own_V = LOGITS_V.log_softmax(0)

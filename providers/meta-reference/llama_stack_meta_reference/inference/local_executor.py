@@ -1,0 +1,38 @@
+"""Executes steps in this process: a runner, and the picking of tokens on the runner's device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .batch import Batch
+from .logits import sample
+from .runner import Runner
+from .sampler import Choice, SampledToken
+
+
+class LocalExecutor:
+    """An ``Executor`` over a runner; closing it closes the runner.
+
+    Tokens from ``vocabulary`` on, which a padded network has and its tokenizer has not, are never picked.
+    """
+
+    def __init__(self, runner: Runner, vocabulary: int) -> None:
+        self.block_tokens = runner.block_tokens
+        self._runner = runner
+        self._vocabulary = vocabulary
+
+    def execute(self, batch: Batch, choices: Sequence[Choice]) -> list[SampledToken | None]:
+        """See ``Executor``. Logits never leave their device."""
+        with torch.inference_mode():
+            logits_RV = self._runner.run(batch)
+            return sample(logits_RV[:, : self._vocabulary], choices) if choices else []
+
+    def reset(self) -> None:
+        """See ``Executor``."""
+        self._runner.reset()
+
+    def close(self) -> None:
+        """See ``Executor``."""
+        self._runner.close()
