@@ -11,7 +11,7 @@ PROJECTS := $(wildcard providers/*/pyproject.toml)
 TORCH := torch==2.13.0
 ARGS ?=
 
-.PHONY: setup run test simulate lint tiny bench-server bench-footprint bench-engine clean help
+.PHONY: setup run test simulate kills lint tiny bench-server bench-footprint bench-engine bench-repeats clean help
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -24,6 +24,9 @@ test: $(VENV)/.test ## run the whole suite (ARGS="-k name" and the like are pass
 
 simulate: $(VENV)/.test ## 10,000 random histories of the engine's scheduler and cache, of which make test has 500
 	@LLAMA_STACK_SIMULATIONS=10000 $(VENV)/bin/python -m pytest -n 2 -q tests/providers/meta_reference/inference/test_simulation.py
+
+kills: $(VENV)/.test ## 50 kills of a model's process at random moments, of which make test has 3
+	@LLAMA_STACK_KILLS=50 $(VENV)/bin/python -m pytest -q tests/providers/meta_reference/inference/test_workers.py -k kills
 
 lint: $(VENV)/.test ## ruff and mypy, as CI runs them
 	@$(VENV)/bin/ruff format --check .
@@ -43,6 +46,9 @@ bench-footprint: $(VENV)/.test ## what the core costs: install size, --help, a s
 
 bench-engine: $(VENV)/.test ## tokens a second of the engine, beside transformers and the machine's limits
 	@$(VENV)/bin/python benchmarks/engine.py $(ARGS)
+
+bench-repeats: $(VENV)/.test ## what prefix reuse and look-up decoding save
+	@$(VENV)/bin/python benchmarks/repeats.py $(ARGS)
 
 clean: ## remove the environment
 	rm -rf $(VENV)

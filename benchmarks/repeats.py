@@ -26,6 +26,7 @@ import torch
 from engine import NETWORKS
 from llama_stack_meta_reference.inference.engine import Engine, Generation
 from llama_stack_meta_reference.inference.kv_cache import blocks_for
+from llama_stack_meta_reference.inference.local_executor import LocalExecutor
 from llama_stack_meta_reference.inference.native_runner import NativeRunner
 from llama_stack_meta_reference.inference.runner import Runner, TorchRunner
 from llama_stack_meta_reference.llama.checkpoint import load_model, open_checkpoint
@@ -54,10 +55,9 @@ def engine(model: Llama, kind: str, context: int, *, lookup: int = 0, stop_ids: 
     else:
         runner = NativeRunner(deepcopy(model), kind=kind, blocks=blocks, context=context)
     return Engine(
-        runner,
+        LocalExecutor(runner, model.config.vocab_size),
         blocks=blocks,
         context=context,
-        vocabulary=model.config.vocab_size,
         stop_ids=stop_ids,
         lookup_tokens=lookup,
     )

@@ -53,6 +53,8 @@ class State(StrEnum):
 
     STARTING = "starting"
     READY = "ready"
+    RECOVERING = "recovering"
+    """Up, and for now unable to serve, as it says itself."""
     FAILED = "failed"
     STOPPED = "stopped"
 
@@ -124,15 +126,12 @@ class Instance:
 
     @property
     def status(self) -> ProviderStatus:
+        state, reason = self.state, self.reason
+        if state is State.READY and isinstance(self.started, Api):
+            reason = _unready_reason(self)
+            state = State.READY if reason is None else State.RECOVERING
         return ProviderStatus(
-            self.section,
-            self.spec.name,
-            self.id,
-            self.plugin,
-            self.is_optional,
-            self.state,
-            self.reason,
-            self.start_seconds,
+            self.section, self.spec.name, self.id, self.plugin, self.is_optional, state, reason, self.start_seconds
         )
 
 
@@ -202,10 +201,13 @@ class Stack:
 
     @property
     def is_ready(self) -> bool:
-        """Whether every required provider is up, every optional one has had its try, and the store takes writes."""
+        """Whether every required provider can serve, every optional one has had its try, and the store takes writes."""
         return (
             self._is_started
-            and all(i.state is State.READY or (i.is_optional and i.state is State.FAILED) for i in self._providers)
+            and all(
+                status.state is State.READY or (status.is_optional and status.state in (State.RECOVERING, State.FAILED))
+                for status in self.status()
+            )
             and (self.store is None or self.store.healthy)
         )
 
@@ -360,6 +362,15 @@ def _mismatch(instance: Instance, started: object) -> ContractMismatchError | No
         except ContractMismatchError as error:
             return error
     return None
+
+
+def _unready_reason(instance: Instance) -> str | None:
+    try:
+        reason: str | None = instance.started.unready_reason()
+    except Exception:  # a provider's fault must not hide how the others are
+        logger.exception("%s failed to say whether it is ready", instance)
+        return "it fails to say whether it is ready; see the server's log"
+    return reason
 
 
 def _is_cancelled() -> bool:

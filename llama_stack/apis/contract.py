@@ -173,6 +173,14 @@ class Api(ABC):
             f"this provider of {self.name!r} cannot run beside another: it does not say what it owns"
         )
 
+    def unready_reason(self) -> str | None:
+        """Why this provider, though it is up, cannot serve now and will again by itself; None when it can.
+
+        Called in the event loop whenever somebody asks whether the stack is ready, so it returns what is known already.
+        Requests still reach the provider, which may let them wait.
+        """
+        return None
+
     def prometheus_metrics(self) -> Iterable[Metric]:
         """What ``GET /metrics`` shall show of this provider, besides whether it is up.
 

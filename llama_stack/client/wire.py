@@ -19,9 +19,12 @@ class LineSplitter:
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         """Yield the lines that this piece completes, without their ends. Raises ``UpstreamError`` for a huge line."""
-        if self._after_cr and data.startswith(b"\n"):
-            data = data[1:]
-        self._after_cr = data.endswith(b"\r") or (self._after_cr and not data)
+        if not data:
+            return
+        ends_in_cr = data.endswith(b"\r")
+        if self._after_cr:
+            data = data.removeprefix(b"\n")
+        self._after_cr = ends_in_cr
         if b"\r" in data:
             data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         *complete, rest = data.split(b"\n")

@@ -44,9 +44,9 @@ class Health:
         await exchange.answer(200, JSON, b'{"status":"live"}')
 
     async def ready(self, exchange: Exchange) -> None:
-        """200 when every required provider is up and the store takes writes; else 503, with the providers either way.
+        """200 when every required provider can serve and the store takes writes, else 503; the providers in any case.
 
-        A failed optional provider is listed and does not make the stack unready.
+        An optional provider that cannot is listed and does not make the stack unready.
         """
         providers = self._providers()
         if self._traffic.is_draining:
@@ -89,8 +89,10 @@ class Health:
         if store is not None and not store.healthy:
             return "the store takes no writes"
         states = [status for status in self._stack.status() if status.state != "ready"]
-        waiting = [status.id for status in states if not (status.is_optional and status.state == "failed")]
-        return f"not up: {listed(waiting)}" if waiting else "the stack is starting"
+        waiting = [
+            status.id for status in states if not (status.is_optional and status.state in ("recovering", "failed"))
+        ]
+        return f"not ready: {listed(waiting)}" if waiting else "the stack is starting"
 
     def _providers(self) -> list[dict[str, Any]]:
         return [

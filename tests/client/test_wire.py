@@ -47,6 +47,12 @@ async def test_an_event_has_its_kind_and_its_lines_of_data() -> None:
     assert await _events(*(bytes([byte]) for byte in body)) == expected
 
 
+def test_an_empty_line_after_a_split_line_end_is_not_lost() -> None:
+    """The LF of a CR LF that comes alone belongs to it, and the next one does not: it ends an event."""
+    splitter = LineSplitter(1000)
+    assert [line for part in (b"a\r", b"\n", b"", b"\n", b"b\n") for line in splitter.feed(part)] == [b"a", b"", b"b"]
+
+
 @pytest.mark.anyio
 async def test_an_event_that_the_end_cuts_off_is_dropped() -> None:
     """The standard discards it: half an event is not a shorter event."""

@@ -42,9 +42,10 @@ def client_of(stack: Stack) -> httpx2.AsyncClient:
 class Moody:
     """A plugin whose only provider starts when it is told to."""
 
-    def __init__(self, failure: Exception | None = None) -> None:
+    def __init__(self, failure: Exception | None = None, provider: Inference | None = None) -> None:
         self.may_start = asyncio.Event()
         self.failure = failure
+        self.provider = provider or StubInference()
 
     @hookimpl
     def llama_stack_providers(self) -> list[ProviderSpec]:
@@ -53,7 +54,7 @@ class Moody:
             await self.may_start.wait()
             if self.failure is not None:
                 raise self.failure
-            yield StubInference()
+            yield self.provider
 
         return [ProviderSpec(api=Inference, name="moody", start=start)]
 
@@ -109,6 +110,44 @@ async def test_failed_optional_provider_is_listed_and_does_not_matter() -> None:
         document = problem_of(await client.post(CHAT_PATH, json=CHAT))
         assert document["error"]["code"] == "provider_unavailable"
         assert "the engine does not answer" in document["detail"]
+
+
+@pytest.mark.parametrize("optional", [False, True])
+async def test_a_provider_that_is_up_and_cannot_serve_is_not_ready(
+    optional: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A balancer sends requests elsewhere while an engine restarts; those that come all the same are not refused."""
+
+    class Recovering(StubInference):
+        trouble: str | None = None
+        fault: Exception | None = None
+
+        def unready_reason(self) -> str | None:
+            if self.fault is not None:
+                raise self.fault
+            return self.trouble
+
+    provider = Recovering()
+    moody = Moody(provider=provider)
+    moody.may_start.set()
+    async with running(moody.stack(optional=optional)) as stack, client_of(stack) as client:
+        assert (await client.get("/health/ready")).status_code == 200
+        provider.trouble = "model 'm' is being restarted"
+        response = await client.get("/health/ready")
+        assert response.status_code == (200 if optional else 503)
+        status = response.json()["providers"][0]
+        assert (status["state"], status["reason"]) == ("recovering", "model 'm' is being restarted")
+        assert (await client.post(CHAT_PATH, json=CHAT)).status_code == 200
+        metrics = (await client.get("/metrics")).text
+        assert 'llama_stack_provider_up{api="inference",id="moody",provider="moody"} 0.0' in metrics
+        provider.fault = RuntimeError("secret")
+        response = await client.get("/health/ready")
+        assert response.json()["providers"][0]["reason"] == "it fails to say whether it is ready; see the server's log"
+        assert "secret" in caplog.text
+        provider.trouble = provider.fault = None
+        response = await client.get("/health/ready")
+        assert response.status_code == 200
+        assert "reason" not in response.json()["providers"][0]
 
 
 async def test_providers_are_listed_as_lines_or_as_an_array(served: Serving) -> None:

@@ -49,6 +49,12 @@ class ModelConfig(Config):
     lookup_tokens: int = Field(default=8, ge=0, le=64)
     """How many next tokens are guessed at most, from what followed the same words before; greedy answers only, which
     stay the same. 0 switches it off."""
+    process: Literal["own", "shared"] = "own"
+    """Where the model runs: in a process of its ``own``, which the server restarts when it crashes or hangs, or in one
+    ``shared`` with the server, for debugging."""
+    step_timeout_seconds: float = Field(default=300.0, gt=0, le=86_400)
+    """How long a step may take before the model's process counts as hung and is started anew; a shared one cannot be
+    ended."""
     prefix_reuse: bool = True
     """Whether a prompt that begins as an earlier one did takes its beginning from the cache."""
 

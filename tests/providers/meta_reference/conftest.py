@@ -12,7 +12,8 @@ from llama_stack_meta_reference.llama.model import Llama
 from llama_stack_meta_reference.native import library as module
 from llama_stack_meta_reference.native.library import library
 
-from tests.providers.meta_reference.small_llama import SMALL
+from tests.providers.meta_reference import small_tokenizer
+from tests.providers.meta_reference.small_llama import SMALL, WORDED
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -34,6 +35,17 @@ def small_checkpoint(small_model: Llama, tmp_path: Path) -> Path:
     """A folder of its own with ``small_model`` in Hugging Face's layout, without a tokenizer."""
     folder = tmp_path / "small"
     save_hugging_face(small_model, folder, eos_ids=[3, 5])
+    return folder
+
+
+@pytest.fixture
+def worded_checkpoint(tmp_path: Path) -> Path:
+    """A folder of its own with a random network and a tokenizer that belong together, in Hugging Face's layout."""
+    model = Llama(WORDED, device="cpu", dtype=torch.float32)
+    model.initialize(torch.Generator().manual_seed(0))
+    folder = tmp_path / "worded"
+    save_hugging_face(model, folder, eos_ids=[7])
+    small_tokenizer.write_hugging_face(folder)
     return folder
 
 

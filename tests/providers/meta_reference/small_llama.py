@@ -1,6 +1,8 @@
-"""The sizes of the small network that tests share: every feature of the family in 0.1 million weights."""
+"""The sizes of the small networks that tests share: every feature of the family in 0.1 million weights."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from llama_stack_meta_reference.llama.config import LlamaConfig, RopeScaling
 
@@ -18,3 +20,6 @@ SMALL = LlamaConfig(
     max_context=128,
     tied_embeddings=False,
 )
+
+WORDED = replace(SMALL, vocab_size=856)
+"""With a place for each token of small_tokenizer.py."""

@@ -5,7 +5,8 @@ a step for all (``scheduler``), has it executed (``executor``) and hands the pic
 for them, once a step. With nothing to do it sleeps.
 
 A step that fails takes down the requests in flight, with ``EngineRestartedError``, and nobody else: the cache is
-blanked, for what a broken step left in it could reach other sequences, and the loop goes on.
+blanked, for what a broken step left in it could reach other sequences, and the loop goes on. Where the executor itself
+is lost it is started again, as often as it takes; who waits in line keeps waiting, unless that fails again and again.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from time import monotonic
 from llama_stack.apis.common import SamplingParams, StopReason
 from llama_stack.errors import DrainingError, EngineRestartedError, OverloadedError, StackError
 
-from .executor import Executor
+from .executor import Executor, ExecutorLostError
 from .kv_cache import BlockPool, blocks_for
 from .lookup import PromptLookup
 from .metrics import EngineMetrics
@@ -29,6 +30,16 @@ from .sampler import SampledToken, Sampler
 from .scheduler import NOT_FINITE, End, Scheduler, Sequence, Step
 
 logger = logging.getLogger("llama_stack.meta_reference.engine")
+
+_PATIENCE = 5
+"""After so many failed tries to reset the executor those in line are sent away, and whoever comes is refused."""
+_FIRST_PAUSE_SECONDS = 0.25
+_LONGEST_PAUSE_SECONDS = 30.0
+"""Between two tries; twice as long each time."""
+_IDLE_SECONDS = 1.0
+"""How often an engine with nothing to do looks whether its executor is still there."""
+_STOP_SECONDS = 2.0
+"""How long a step may go on when the engine is stopped, before it is cut off where that can be done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,13 +144,27 @@ class Engine:
         self._lock = threading.Condition()  # guards the scheduler, the tickets and the flags below
         self._has_cancelled = False
         self._is_stopping = False
-        self._is_clean = True  # whether the cache can be used
+        self._is_clean = True  # whether the executor and its cache can be used
+        self._failed_resets = 0  # in a row
         self._thread = threading.Thread(target=self._run, name=f"engine {name}", daemon=True)
 
     @property
     def is_running(self) -> bool:
         """Whether the engine takes requests."""
         return self._thread.is_alive() and not self._is_stopping
+
+    @property
+    def trouble(self) -> str | None:
+        """Why requests make no progress now; None when all is well."""
+        if self._is_clean:
+            return None
+        tries = f"; {self._failed_resets} tries have failed, see the server's log" if self._failed_resets else ""
+        return f"model {self.name!r} is being restarted{tries}"
+
+    @property
+    def restarts(self) -> int:
+        """How often the executor was lost and came up again."""
+        return self._executor.restarts
 
     @property
     def running(self) -> int:
@@ -174,6 +199,7 @@ class Engine:
                 cache_blocks=self._pool.blocks,
                 used_blocks=self._pool.blocks - self._pool.free,
                 reusable_blocks=self._pool.cached,
+                restarts=self.restarts,
             )
 
     def start(self) -> None:
@@ -181,25 +207,32 @@ class Engine:
         self._thread.start()
 
     async def stop(self) -> None:
-        """Finish the step that runs, fail what is under way with ``DrainingError``, end the thread, free the memory."""
+        """Finish the step that runs, fail what is under way with ``DrainingError``, end the thread, free the memory.
+
+        A step that goes on for more than two seconds is cut off, unless it runs in this process.
+        """
         with self._lock:
             self._is_stopping = True
             self._lock.notify()
-        if self._thread.ident is not None:
-            await asyncio.to_thread(self._thread.join)
-        self._executor.close()
+        await asyncio.to_thread(self._close)
 
     def submit(self, request: list[Generation]) -> list[Ticket]:
         """Put one request, of one generation or a batch of them, in line; return a ticket for each generation.
 
         Called in the event loop that will iterate the tickets; never blocks. Raises ``OverloadedError`` when the line
-        is full, ``DrainingError`` when the engine has been stopped.
+        is full, ``DrainingError`` when the engine has been stopped, ``EngineRestartedError`` while it cannot be
+        restarted.
         """
         loop = asyncio.get_running_loop()
         sequences = [self._sequence(generation) for generation in request]
         with self._lock:
             if not self.is_running:
                 raise DrainingError(f"the engine of {self.name!r} has been stopped")
+            if self._failed_resets >= _PATIENCE:
+                raise EngineRestartedError(
+                    f"the engine of {self.name!r} could not be restarted yet; it is being tried",
+                    retry_after_seconds=int(_LONGEST_PAUSE_SECONDS),
+                )
             if self._has_cancelled:
                 self._scheduler.clear_line()
             if self._scheduler.is_full:
@@ -234,18 +267,19 @@ class Engine:
             if sequence in self._tickets:
                 sequence.is_cancelled = self._has_cancelled = True
 
+    def _close(self) -> None:
+        if self._thread.ident is not None:
+            self._thread.join(_STOP_SECONDS)
+            self._executor.interrupt()
+            self._thread.join()
+        self._executor.close()
+
     def _run(self) -> None:
-        while True:
-            with self._lock:
-                while self._scheduler.is_idle and not self._is_stopping:
-                    self._lock.wait()
-                if self._is_stopping:
-                    break
+        while self._wait():
             try:
                 self._turn()
-            except Exception:  # whatever it was, the next request must find an engine
-                logger.exception("a step of %r failed; the requests in flight fail and the engine goes on", self.name)
-                self._recover()
+            except Exception as error:  # whatever it was, the next request must find an engine
+                self._recover(error)
             self._deliver()
         with self._lock:
             stopped = [*self._scheduler.running, *self._scheduler.drop_waiting()]
@@ -253,10 +287,22 @@ class Engine:
                 self._end(sequence, DrainingError(f"the engine of {self.name!r} is being stopped"))
         self._deliver()
 
+    def _wait(self) -> bool:
+        """Sleep while there is nothing to do, or until the next try to reset is due; return whether to go on."""
+        with self._lock:
+            if self._failed_resets:
+                pause_seconds = min(_FIRST_PAUSE_SECONDS * 2 ** (self._failed_resets - 1), _LONGEST_PAUSE_SECONDS)
+                self._lock.wait_for(lambda: self._is_stopping, pause_seconds)
+            elif self._is_clean and self._scheduler.is_idle and not self._is_stopping:
+                self._lock.wait(_IDLE_SECONDS)
+            return not self._is_stopping
+
     def _turn(self) -> None:
         if not self._is_clean:
             self._executor.reset()
             self._is_clean = True
+            self._failed_resets = 0
+        self._executor.check()  # nobody shall be in a step that cannot be run
         with self._lock:
             if self._has_cancelled:
                 self._has_cancelled = False
@@ -269,7 +315,12 @@ class Engine:
         began = monotonic()
         rows = [part.sequence for part in step.parts for _ in range(part.sampled)]
         choices = [sequence.sampler.choose(wants_logprobs=sequence.wants_logprobs) for sequence in rows]
-        picked = self._executor.execute(step.batch, choices)
+        try:
+            picked = self._executor.execute(step.batch, choices)
+        except Exception:
+            with self._lock:
+                self._scheduler.metrics.failed_steps += 1
+            raise
         with self._lock:
             self._settle(step, picked, began)
 
@@ -319,13 +370,19 @@ class Engine:
         if ticket is not None and not sequence.is_cancelled:
             self._outbox.setdefault(ticket.loop, []).append((ticket, item))
 
-    def _recover(self) -> None:
-        """Fail what was in flight and blank the cache; where that fails too, fail all that wait as well."""
+    def _recover(self, error: Exception) -> None:
+        """Fail what was in flight and have the executor reset; where that fails too often, fail all that wait."""
+        trace = None if isinstance(error, ExecutorLostError | StackError) else error
+        if self._is_clean:
+            logger.error("%s; requests in flight fail, and the engine of %r goes on", error, self.name, exc_info=trace)
+        else:
+            logger.error("the engine of %r could not be reset: %s", self.name, error, exc_info=trace)
         with self._lock:
-            self._scheduler.metrics.failed_steps += 1
             failed = list(self._scheduler.running)
             if not self._is_clean:
-                failed += self._scheduler.drop_waiting()
+                self._failed_resets += 1
+                if self._failed_resets >= _PATIENCE:
+                    failed += self._scheduler.drop_waiting()
             self._is_clean = False
             for sequence in failed:
                 self._end(sequence, EngineRestartedError(f"a step of the engine of {self.name!r} failed"))

@@ -1,4 +1,4 @@
-"""From one model's configuration to a running engine: device, type, memory plan, weights.
+"""From one model's configuration to what executes it: device, type, memory plan, weights.
 
 Everything that can be refused is refused before weights are read, and an operator sees the plan first.
 """
@@ -11,14 +11,13 @@ from time import monotonic
 
 import torch
 
-from llama_stack.errors import CheckpointError, SetupError
+from llama_stack.errors import SetupError
 
 from ..config import ModelConfig
-from ..llama.chat_format import ChatFormat
 from ..llama.checkpoint import Checkpoint, load_model, open_checkpoint
-from ..llama.tokenizer import Tokenizer, load_tokenizer
 from ..native.library import WIDEST_HEAD, KernelsUnavailableError, library
-from .engine import Engine
+from .executor import ModelFacts
+from .kv_cache import BLOCK_TOKENS
 from .local_executor import LocalExecutor
 from .memory_plan import MemoryPlan, available_memory, memory_plan
 from .native_runner import NativeRunner, NativeStorage, supports
@@ -32,58 +31,61 @@ _SHARE = {"cuda": 0.9, "cpu": 0.5}
 
 
 @dataclass(frozen=True)
-class LoadedModel:
-    """A model in memory, its words and its engine."""
+class OpenModel:
+    """A checkpoint that has been looked at, and what is to be made of it."""
 
     name: str
     checkpoint: Checkpoint
-    tokenizer: Tokenizer
-    chat: ChatFormat
-    engine: Engine
     device: torch.device
     storage: Storage
     plan: MemoryPlan
 
+    @property
+    def facts(self) -> ModelFacts:
+        """What there is to know of it without tensors."""
+        network, plan = self.checkpoint.config, self.plan
+        return ModelFacts(
+            layout=self.checkpoint.layout,
+            tokenizer=str(self.checkpoint.tokenizer),
+            vocabulary=network.vocab_size,
+            eos_ids=self.checkpoint.eos_ids,
+            parameters=network.parameter_count,
+            trained_context=network.max_context,
+            device=str(self.device),
+            dtype=self.storage.name,
+            kernels="compiled" if isinstance(self.storage, NativeStorage) else "plain",
+            context=plan.context,
+            blocks=plan.blocks,
+            block_tokens=BLOCK_TOKENS,
+            weight_bytes=plan.weight_bytes,
+            cache_bytes=plan.cache_bytes,
+        )
 
-def load(name: str, config: ModelConfig) -> LoadedModel:
-    """Read a checkpoint and make its engine, not started yet. Takes long; call it off the event loop.
+    def load(self, vocabulary: int) -> LocalExecutor:
+        """Read the weights, which may take long; of a network's tokens the first ``vocabulary`` are picked.
+
+        Raises ``CheckpointError`` when the folder has changed or its numbers are not finite, ``SetupError`` when they
+        cannot be kept as was asked for.
+        """
+        began = monotonic()
+        runner = _runner(self.name, self.checkpoint, self.device, self.storage, self.plan)
+        logger.info("model %r: ready on %s, weights and cache in %.2f s", self.name, self.device, monotonic() - began)
+        return LocalExecutor(runner, vocabulary)
+
+
+def open_model(name: str, config: ModelConfig) -> OpenModel:
+    """Look at a checkpoint, settle where and how it runs, and plan its memory; takes little time.
 
     Raises ``CheckpointError`` for a bad folder and ``SetupError`` for what this machine cannot do.
     """
-    began = monotonic()
     device = _device(name, config.device)
     checkpoint = open_checkpoint(config.folder)
     storage = _storage(name, config, checkpoint, device)
-    tokenizer = load_tokenizer(checkpoint.tokenizer)
-    if tokenizer.vocab_size > checkpoint.config.vocab_size:
-        raise CheckpointError(
-            f"{checkpoint.tokenizer}: has {tokenizer.vocab_size} tokens, and the network beside it knows "
-            f"{checkpoint.config.vocab_size}; they do not belong together"
-        )
-    chat = ChatFormat(tokenizer)
     for remark in checkpoint.remarks:
         logger.info("model %r: %s", name, remark)
     plan = _plan(name, config, checkpoint, device, storage)
     logger.info("model %r: %s, %s", name, storage.name, plan)
-    opened = monotonic()
-    engine = Engine(
-        LocalExecutor(_runner(name, checkpoint, device, storage, plan), tokenizer.vocab_size),
-        blocks=plan.blocks,
-        context=plan.context,
-        stop_ids=tokenizer.stop_ids | frozenset(checkpoint.eos_ids),
-        max_sequences=config.max_sequences,
-        queue_size=config.queue_size,
-        prefill_tokens=config.prefill_tokens,
-        lookup_tokens=config.lookup_tokens,
-        prefix_reuse=config.prefix_reuse,
-        name=name,
-    )
-    loaded = monotonic()
-    logger.info(
-        "model %r: ready on %s in %.2f s (checks %.2f s, weights and cache %.2f s)",
-        name, device, loaded - began, opened - began, loaded - opened,
-    )  # fmt: skip
-    return LoadedModel(name, checkpoint, tokenizer, chat, engine, device, storage, plan)
+    return OpenModel(name, checkpoint, device, storage, plan)
 
 
 def _device(name: str, asked: str) -> torch.device:

@@ -15,8 +15,11 @@ from .sampler import Choice, SampledToken
 class LocalExecutor:
     """An ``Executor`` over a runner; closing it closes the runner.
 
-    Tokens from ``vocabulary`` on, which a padded network has and its tokenizer has not, are never picked.
+    Tokens from ``vocabulary`` on, which a padded network has and its tokenizer has not, are never picked. It is lost
+    when its process is, and not before, so a step that hangs cannot be ended.
     """
+
+    restarts = 0
 
     def __init__(self, runner: Runner, vocabulary: int) -> None:
         self.block_tokens = runner.block_tokens
@@ -24,14 +27,20 @@ class LocalExecutor:
         self._vocabulary = vocabulary
 
     def execute(self, batch: Batch, choices: Sequence[Choice]) -> list[SampledToken | None]:
-        """See ``Executor``. Logits never leave their device."""
+        """See ``Executor``. Logits never leave their device; without choices no token is picked."""
         with torch.inference_mode():
             logits_RV = self._runner.run(batch)
             return sample(logits_RV[:, : self._vocabulary], choices) if choices else []
 
+    def check(self) -> None:
+        """See ``Executor``."""
+
     def reset(self) -> None:
         """See ``Executor``."""
         self._runner.reset()
+
+    def interrupt(self) -> None:
+        """See ``Executor``."""
 
     def close(self) -> None:
         """See ``Executor``."""

@@ -65,6 +65,7 @@ class EngineMetrics:
     accepted_tokens: int = 0
     preemptions: int = 0
     failed_steps: int = 0
+    restarts: int = 0
     running: int = 0
     waiting: int = 0
     cache_blocks: int = 0
@@ -84,6 +85,7 @@ _COUNTERS = {
     "accepted_tokens": "Guessed tokens that were what the network picked.",
     "preemptions": "Sequences that gave their cache blocks up to an older one and were read again.",
     "failed_steps": "Steps that failed, with the requests in them.",
+    "restarts": "Times that the processes of the model were lost and came up again.",
 }
 _GAUGES = {
     "running": "Sequences that hold cache blocks.",

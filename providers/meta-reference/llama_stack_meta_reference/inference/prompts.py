@@ -11,7 +11,7 @@ from functools import partial
 from llama_stack.apis.common import Attachment, Content, Dialog, Message, Role, ToolDefinition
 from llama_stack.errors import ContextLengthError, DrainingError, FieldFault, InvalidRequestError
 
-from .loading import LoadedModel
+from .serving import LoadedModel
 
 _INLINE_CHARACTERS = 2_000
 """Longer requests are encoded in a thread, so that the event loop is never held."""

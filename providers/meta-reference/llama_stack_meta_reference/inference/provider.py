@@ -26,24 +26,30 @@ from llama_stack.errors import ModelNotFoundError
 
 from ..config import MetaReferenceConfig
 from .engine import Generation, Ticket
-from .loading import LoadedModel, load
 from .metrics import families
-from .native_runner import NativeStorage
 from .prompts import PromptEncoder
 from .reply import Reply
+from .serving import LoadedModel, load
+from .workers import Workers
 
 T = TypeVar("T")
 
 
 @asynccontextmanager
 async def serve(config: MetaReferenceConfig) -> AsyncIterator[MetaReferenceInference]:
-    """Load the configured models one after another, off the event loop, and run their engines for the block."""
+    """Load the configured models one after another, off the event loop, and run their engines for the block.
+
+    Whatever cuts a load short, its processes are ended.
+    """
     models: dict[str, LoadedModel] = {}
     async with AsyncExitStack() as running:
         encoder = PromptEncoder()
         running.push_async_callback(encoder.close)
         for name, model_config in config.models.items():
-            model = await asyncio.to_thread(load, name, model_config)
+            workers = Workers(name, model_config) if model_config.process == "own" else None
+            if workers is not None:
+                running.push_async_callback(asyncio.to_thread, workers.close)
+            model = await asyncio.to_thread(load, name, model_config, workers)
             running.push_async_callback(model.engine.stop)
             model.engine.start()
             models[name] = model
@@ -61,6 +67,10 @@ class MetaReferenceInference(Inference):
     async def models(self) -> list[ServedModel]:
         """The models and their aliases, each with its device, its context and what its checkpoint is."""
         return [_described(name, self._models[model]) for name, model in self._names.items()]
+
+    def unready_reason(self) -> str | None:
+        """Which engine is being restarted, if any."""
+        return next((trouble for model in self._models.values() if (trouble := model.engine.trouble)), None)
 
     def prometheus_metrics(self) -> Iterable[Metric]:
         """Latencies, token counts and the use of the cache, of each model."""
@@ -216,21 +226,22 @@ async def _chat_chunks(ticket: Ticket, reply: Reply) -> AsyncGenerator[ChatCompl
 
 
 def _described(name: str, model: LoadedModel) -> ServedModel:
-    config = model.checkpoint.config
+    facts, engine = model.facts, model.engine
     return ServedModel(
         model=name,
         kind=ModelKind.LLM,
         alias_of=None if name == model.name else model.name,
-        device=str(model.device),
-        context_tokens=model.engine.context,
+        device=facts.device,
+        context_tokens=engine.context,
         metadata={
-            "layout": model.checkpoint.layout,
-            "dtype": model.storage.name,
-            "kernels": "compiled" if isinstance(model.storage, NativeStorage) else "plain",
-            "parameters": config.parameter_count,
-            "weight_bytes": model.plan.weight_bytes,
-            "cache_bytes": model.plan.cache_bytes,
-            "cache_tokens": model.plan.cache_tokens,
-            "trained_context_tokens": config.max_context,
+            "layout": facts.layout,
+            "dtype": facts.dtype,
+            "kernels": facts.kernels,
+            "parameters": facts.parameters,
+            "weight_bytes": facts.weight_bytes,
+            "cache_bytes": facts.cache_bytes,
+            "cache_tokens": facts.blocks * facts.block_tokens,
+            "trained_context_tokens": facts.trained_context,
+            "restarts": engine.restarts,
         },
     )

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 import torch
+from llama_stack_meta_reference.inference import engine as engine_module
 from llama_stack_meta_reference.inference.engine import Engine, Generation, Ticket
 from llama_stack_meta_reference.llama.config import LlamaConfig
 from llama_stack_meta_reference.llama.model import CacheView, Llama
@@ -302,21 +303,45 @@ async def test_logits_that_are_not_finite_fail_their_own_sequence_alone(caplog: 
         assert engine.free_blocks == engine.blocks
 
 
-async def test_a_cache_that_cannot_be_blanked_fails_all_and_is_tried_again(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A device may take a moment to recover: whoever waits learns it, and a later request may succeed."""
-    model, engine = gated(max_sequences=1)
-    reset, attempts = engine._executor.reset, 0
+@pytest.fixture
+def _without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "_FIRST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(engine_module, "_LONGEST_PAUSE_SECONDS", 0.001)
 
-    def reset_at_second_try() -> None:
+
+@pytest.mark.usefixtures("_without_pauses")
+@pytest.mark.parametrize("failures", [1, 4, 5, 7])
+async def test_a_cache_that_cannot_be_blanked_is_tried_again_and_fails_who_waits_after_five_tries(
+    failures: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A device may take a moment to recover, so those in line are kept; but not for ever, and others are told at once.
+
+    Then the engine goes on by itself, without a request that would wake it.
+    """
+    model, engine = gated(max_sequences=1)
+    reset, attempts, troubles = engine._executor.reset, 0, list[str | None]()
+    refused = list[EngineRestartedError]()
+
+    def reset_at_last() -> None:
         nonlocal attempts
         attempts += 1
-        if attempts == 1:
+        troubles.append(engine.trouble)
+        if attempts == 6:
+            loop.call_soon_threadsafe(come)
+            assert came.wait(30)
+        if attempts <= failures:
             raise torch.OutOfMemoryError("no memory")
         reset()
 
-    monkeypatch.setattr(engine._executor, "reset", reset_at_second_try)
+    def come() -> None:
+        try:
+            engine.submit(one(NEWLINE, max_tokens=1))
+        except EngineRestartedError as error:
+            refused.append(error)
+        came.set()
+
+    loop, came = asyncio.get_running_loop(), threading.Event()
+    monkeypatch.setattr(engine._executor, "reset", reset_at_last)
     model.fault = RuntimeError("broken")
     async with running(engine):
         tickets = [engine.submit(one(NEWLINE, max_tokens=1))[0] for _ in range(3)]
@@ -324,9 +349,21 @@ async def test_a_cache_that_cannot_be_blanked_fails_all_and_is_tried_again(
         model.is_open = True
         model.permits.release()
         answers = await asyncio.gather(*map(tokens, tickets), return_exceptions=True)
-        assert [type(answer) for answer in answers] == [EngineRestartedError] * 3
+        failed = [answer for answer in answers if isinstance(answer, EngineRestartedError)]
+        assert len(failed) == (1 if failures < 5 else 3)
+        assert answers.count([ord("a")]) == 3 - len(failed)
+        while engine.trouble is not None:
+            await asyncio.sleep(0.001)
+        assert attempts == failures + 1
+        assert troubles[0] == "model 'model' is being restarted"
+        assert troubles[1:] == [
+            f"model 'model' is being restarted; {count} tries have failed, see the server's log"
+            for count in range(1, failures + 1)
+        ]
+        assert len(refused) == (failures >= 5)
         assert await tokens(engine.submit(one(NEWLINE, max_tokens=1))[0]) == [ord("a")]
         assert engine.free_blocks == engine.blocks
+        assert engine.metrics().failed_steps == 1
 
 
 async def test_stopping_ends_the_thread_and_tells_everyone() -> None:

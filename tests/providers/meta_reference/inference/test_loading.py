@@ -1,70 +1,51 @@
-"""From a model's configuration to an engine: what is settled, what is said, what is refused."""
+"""From a model's configuration to what executes it: what is settled, what is said, what is refused."""
 
 from __future__ import annotations
 
 import logging
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from llama_stack_meta_reference.config import ModelConfig
 from llama_stack_meta_reference.inference import loading
-from llama_stack_meta_reference.inference.loading import load
+from llama_stack_meta_reference.inference.loading import open_model
 from llama_stack_meta_reference.inference.native_runner import NativeStorage
 from llama_stack_meta_reference.inference.runner import TorchStorage
 from llama_stack_meta_reference.llama.checkpoint import save_hugging_face
 from llama_stack_meta_reference.llama.model import Llama
-from llama_stack_meta_reference.llama.tokenizer import load_tokenizer
 from llama_stack_meta_reference.native.library import KernelsUnavailableError
 
-from llama_stack.errors import CheckpointError, SetupError
+from llama_stack.errors import SetupError
 from tests.providers.meta_reference import small_tokenizer
 from tests.providers.meta_reference.kernels import NEEDS_KERNELS
-from tests.providers.meta_reference.small_llama import SMALL
+from tests.providers.meta_reference.small_llama import WORDED
 
-NETWORK = replace(SMALL, vocab_size=856)
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    model = Llama(NETWORK, device="cpu", dtype=torch.float32)
-    model.initialize(torch.Generator().manual_seed(0))
-    save_hugging_face(model, tmp_path, eos_ids=[7])
-    small_tokenizer.write_hugging_face(tmp_path)
-    return tmp_path
-
-
 @NEEDS_KERNELS
-def test_the_plan_is_shown_before_weights_are_read(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_plan_is_shown_before_weights_are_read(worded_checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Memory is no surprise: device, type, plan and then the time to ready, in this order."""
     caplog.set_level(logging.INFO)
-    model = load("m", ModelConfig(checkpoint=str(folder), device="cpu", max_sequences=3))
+    model = open_model("m", ModelConfig(checkpoint=str(worded_checkpoint), device="cpu", max_sequences=3))
+    model.load(WORDED.vocab_size).close()
     lines = [record.getMessage() for record in caplog.records]
     assert lines[0].startswith("model 'm': float32, cpu: weights ")
     assert "(384 tokens of 512 B)" in lines[0]
-    assert lines[1].startswith("model 'm': ready on cpu in ")
-    assert model.engine.context == 128
-    assert model.plan.weight_bytes == NETWORK.parameter_count * 4
+    assert lines[1].startswith("model 'm': ready on cpu, weights and cache in ")
+    assert model.plan.context == 128
+    assert model.plan.weight_bytes == WORDED.parameter_count * 4
 
 
-def test_generations_end_at_the_tokenizers_and_the_folders_stop_tokens(folder: Path) -> None:
-    """A checkpoint may name further ids that end a generation, beside those of the chat format."""
-    engine = load("m", ModelConfig(checkpoint=str(folder), device="cpu")).engine
-    names = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
-    tokenizer = load_tokenizer(folder / "tokenizer.json")
-    assert engine._stop_ids == {7, *(tokenizer.specials[name] for name in names)}
-
-
-def test_loading_leaves_torchs_compiler_alone(folder: Path) -> None:
+def test_loading_leaves_torchs_compiler_alone(worded_checkpoint: Path) -> None:
     """Some of torch's functions import it on the device "meta": one to three seconds of every start, for nothing."""
     code = (
-        "import sys; from llama_stack_meta_reference.inference.loading import load, ModelConfig;"
-        f"load('m', ModelConfig(checkpoint={str(folder)!r}, device='cpu'));"
+        "import sys; from llama_stack_meta_reference.inference.loading import open_model, ModelConfig;"
+        f"open_model('m', ModelConfig(checkpoint={str(worded_checkpoint)!r}, device='cpu')).load(856);"
         "print([name for name in ('torch._dynamo', 'sympy') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -73,72 +54,76 @@ def test_loading_leaves_torchs_compiler_alone(folder: Path) -> None:
 
 @NO_GPU
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
-def test_a_gpu_that_is_not_there_is_an_error_and_never_the_cpu(folder: Path, device: str) -> None:
+def test_a_gpu_that_is_not_there_is_an_error_and_never_the_cpu(worded_checkpoint: Path, device: str) -> None:
     """The most common confusion of our peers' users: a silent fall to the CPU."""
     with pytest.raises(SetupError, match=f"asks for device '{device}'.*set device: cpu or auto"):
-        load("m", ModelConfig(checkpoint=str(folder), device=device))
+        open_model("m", ModelConfig(checkpoint=str(worded_checkpoint), device=device))
 
 
 @NO_GPU
-def test_auto_says_that_it_took_the_cpu(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_says_that_it_took_the_cpu(worded_checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Who asked for nothing is told what was chosen and why."""
     caplog.set_level(logging.INFO)
-    model = load("m", ModelConfig(checkpoint=str(folder)))
+    model = open_model("m", ModelConfig(checkpoint=str(worded_checkpoint)))
     assert model.device.type == "cpu"
     assert "device auto is the CPU" in caplog.text
     assert model.storage.name == "float32"
 
 
 @GPU
-def test_a_gpu_is_used_where_there_is_one(folder: Path) -> None:
+def test_a_gpu_is_used_where_there_is_one(worded_checkpoint: Path) -> None:
     """``auto`` and ``cuda`` are the first GPU, in bfloat16; one beyond the last is refused."""
     for device in ("auto", "cuda"):
-        model = load("m", ModelConfig(checkpoint=str(folder), device=device))
+        model = open_model("m", ModelConfig(checkpoint=str(worded_checkpoint), device=device))
         assert str(model.device) == "cuda:0"
         assert model.storage == TorchStorage(torch.bfloat16)
     with pytest.raises(SetupError, match="this machine has"):
-        load("m", ModelConfig(checkpoint=str(folder), device="cuda:99"))
+        open_model("m", ModelConfig(checkpoint=str(worded_checkpoint), device="cuda:99"))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_the_dtype_that_is_asked_for_is_used(folder: Path, dtype: str) -> None:
+def test_the_dtype_that_is_asked_for_is_used(worded_checkpoint: Path, dtype: str) -> None:
     """On the CPU too, though float32 is faster there."""
     config = ModelConfig.model_validate(
-        {"checkpoint": str(folder), "device": "cpu", "dtype": dtype, "kernels": "plain"}
+        {"checkpoint": str(worded_checkpoint), "device": "cpu", "dtype": dtype, "kernels": "plain"}
     )
-    model = load("m", config)
+    model = open_model("m", config)
     assert model.storage == TorchStorage(getattr(torch, dtype))
-    assert model.plan.weight_bytes == NETWORK.parameter_count * getattr(torch, dtype).itemsize
+    assert model.plan.weight_bytes == WORDED.parameter_count * getattr(torch, dtype).itemsize
 
 
 @NEEDS_KERNELS
 @pytest.mark.parametrize(("stored", "kind"), [(torch.float32, "float32"), (torch.bfloat16, "float16")])
 def test_a_cpu_packs_a_checkpoint_as_what_it_was_stored_as(tmp_path: Path, stored: torch.dtype, kind: str) -> None:
     """What a 16-bit checkpoint holds, float16 holds too, in half the memory that every token must read."""
-    model = Llama(NETWORK, device="cpu", dtype=stored)
+    model = Llama(WORDED, device="cpu", dtype=stored)
     model.initialize()
     save_hugging_face(model, tmp_path, eos_ids=[7])
     small_tokenizer.write_hugging_face(tmp_path)
-    loaded = load("m", ModelConfig(checkpoint=str(tmp_path), device="cpu"))
+    loaded = open_model("m", ModelConfig(checkpoint=str(tmp_path), device="cpu"))
     assert loaded.storage == NativeStorage(kind, stored)
 
 
-def test_int8_without_kernels_is_refused_with_the_cause(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int8_without_kernels_is_refused_with_the_cause(
+    worded_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Plain torch would take several times the memory that was asked for."""
     monkeypatch.setattr(loading, "library", _no_library)
     for asked in ({"dtype": "int8"}, {"kernels": "compiled"}):
-        config = ModelConfig.model_validate({"checkpoint": str(folder), "device": "cpu"} | asked)
+        config = ModelConfig.model_validate({"checkpoint": str(worded_checkpoint), "device": "cpu"} | asked)
         with pytest.raises(SetupError, match="no compiled kernels: no C\\+\\+ compiler is installed.*dtype: auto"):
-            load("m", config)
+            open_model("m", config)
 
 
 def test_without_a_compiler_a_model_runs_on_plain_torch_and_says_why(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    worded_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A machine without g++ is slower, not broken."""
     monkeypatch.setattr(loading, "library", _no_library)
     caplog.set_level(logging.INFO)
-    assert load("m", ModelConfig(checkpoint=str(folder), device="cpu")).storage == TorchStorage(torch.float32)
+    assert open_model("m", ModelConfig(checkpoint=str(worded_checkpoint), device="cpu")).storage == TorchStorage(
+        torch.float32
+    )
     assert "runs on plain torch, for there are no compiled kernels: no C++ compiler is installed (g++)" in caplog.text
 
 
@@ -146,63 +131,34 @@ def _no_library() -> None:
     raise KernelsUnavailableError("no C++ compiler is installed (g++)")
 
 
-def test_the_context_is_what_was_asked_for_up_to_what_the_checkpoint_was_made_for(folder: Path) -> None:
+def test_the_context_is_what_was_asked_for_up_to_what_the_checkpoint_was_made_for(worded_checkpoint: Path) -> None:
     """Positions beyond the trained ones give nonsense, so more is refused and never cut."""
-    assert load("m", ModelConfig(checkpoint=str(folder), device="cpu", context_tokens=50)).engine.context == 50
+    assert (
+        open_model("m", ModelConfig(checkpoint=str(worded_checkpoint), device="cpu", context_tokens=50)).plan.context
+        == 50
+    )
     with pytest.raises(SetupError, match="context_tokens is 129, and the checkpoint was made for 128"):
-        load("m", ModelConfig(checkpoint=str(folder), device="cpu", context_tokens=129))
+        open_model("m", ModelConfig(checkpoint=str(worded_checkpoint), device="cpu", context_tokens=129))
 
 
 @NEEDS_KERNELS
 def test_a_context_that_does_not_fit_is_refused_and_by_default_as_much_as_fits_is_taken(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    worded_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The error carries the plan, with the longest context that would fit, before any weight is read."""
-    weights, per_block = NETWORK.parameter_count * 4, 16 * 512
+    weights, per_block = WORDED.parameter_count * 4, 16 * 512
     monkeypatch.setattr(loading, "available_memory", lambda device: weights + 4 * per_block)
-    asked = ModelConfig(checkpoint=str(folder), device="cpu", context_tokens=65)
+    asked = ModelConfig(checkpoint=str(worded_checkpoint), device="cpu", context_tokens=65)
     with pytest.raises(SetupError, match=r"does not fit the memory: .* longest that fits: 64;"):
-        load("m", asked)
-    assert load("m", asked.model_copy(update={"context_tokens": 64})).engine.blocks == 4
+        open_model("m", asked)
+    assert open_model("m", asked.model_copy(update={"context_tokens": 64})).plan.blocks == 4
     with pytest.raises(SetupError, match=r"does not fit the memory: .*\(80 tokens of 512 B\)"):
-        load("m", ModelConfig(checkpoint=str(folder), device="cpu", cache_tokens=65))
+        open_model("m", ModelConfig(checkpoint=str(worded_checkpoint), device="cpu", cache_tokens=65))
     monkeypatch.setattr(loading, "available_memory", lambda device: 2 * (weights + 4 * per_block))
-    assert load("m", ModelConfig(checkpoint=str(folder), device="cpu")).engine.context == 64
+    assert open_model("m", ModelConfig(checkpoint=str(worded_checkpoint), device="cpu")).plan.context == 64
     assert [record.getMessage() for record in caplog.records] == [
         "model 'm': the context is 64 of the 128 tokens that it was made for; more do not fit the cache"
     ]
     monkeypatch.setattr(loading, "available_memory", lambda device: weights)
     with pytest.raises(SetupError, match="does not fit the memory"):
-        load("m", ModelConfig(checkpoint=str(folder), device="cpu"))
-
-
-def test_the_settings_reach_the_engine(folder: Path) -> None:
-    """A key that is accepted and ignored is worse than one that is refused."""
-    config = ModelConfig(
-        checkpoint=str(folder),
-        device="cpu",
-        context_tokens=40,
-        cache_tokens=100,
-        max_sequences=3,
-        queue_size=7,
-        prefill_tokens=9,
-        lookup_tokens=5,
-        prefix_reuse=False,
-    )
-    engine = load("m", config).engine
-    scheduler = engine._scheduler
-    assert (engine.context, engine.blocks, scheduler.max_sequences, scheduler.queue_size) == (40, 7, 3, 7)
-    assert (scheduler.prefill_tokens, scheduler.lookup_tokens, scheduler.prefix_reuse) == (9, 5, False)
-
-
-def test_a_tokenizer_of_another_model_is_refused(small_checkpoint: Path) -> None:
-    """Ids beyond the embedding would crash the first request that holds them."""
-    small_tokenizer.write_hugging_face(small_checkpoint)
-    with pytest.raises(CheckpointError, match="has 770 tokens, and the network beside it knows 256"):
-        load("m", ModelConfig(checkpoint=str(small_checkpoint), device="cpu"))
-
-
-def test_a_folder_without_a_tokenizer_is_refused(small_checkpoint: Path) -> None:
-    """Weights alone cannot be served, and the error names both files that would do."""
-    with pytest.raises(CheckpointError, match=r"neither tokenizer\.json nor tokenizer\.model"):
-        load("m", ModelConfig(checkpoint=str(small_checkpoint), device="cpu"))
+        open_model("m", ModelConfig(checkpoint=str(worded_checkpoint), device="cpu"))

@@ -13,13 +13,11 @@ from typing import Any, cast
 import pytest
 import torch
 from llama_stack_meta_reference.inference.engine import Engine
-from llama_stack_meta_reference.inference.loading import LoadedModel
-from llama_stack_meta_reference.inference.memory_plan import memory_plan
+from llama_stack_meta_reference.inference.executor import ModelFacts
 from llama_stack_meta_reference.inference.prompts import PromptEncoder
 from llama_stack_meta_reference.inference.provider import MetaReferenceInference
-from llama_stack_meta_reference.inference.runner import TorchStorage
+from llama_stack_meta_reference.inference.serving import LoadedModel
 from llama_stack_meta_reference.llama.chat_format import ChatFormat
-from llama_stack_meta_reference.llama.checkpoint import open_checkpoint, save_hugging_face
 from llama_stack_meta_reference.llama.model import Llama
 from llama_stack_meta_reference.llama.tokenizer import SpecialToken, Tokenizer
 from pydantic import BaseModel
@@ -78,26 +76,25 @@ async def serving(
     encoder: PromptEncoder | None = None,
 ) -> AsyncIterator[tuple[MetaReferenceInference, Engine]]:
     """A provider of one model, ``m``, that is also called ``llama3_8b``."""
-    save_hugging_face(model, tmp_path / "m")
     engine = new_engine(model, tokenizer, max_sequences=max_sequences, queue_size=queue_size)
-    plan = memory_plan(
-        model.config,
-        TorchStorage(torch.float32),
-        "cpu",
-        available_bytes=10**9,
-        max_sequences=max_sequences,
-        context_tokens=engine.context,
+    config = model.config
+    facts = ModelFacts(
+        layout="hugging_face",
+        tokenizer="tokenizer.json",
+        vocabulary=config.vocab_size,
+        eos_ids=(),
+        parameters=config.parameter_count,
+        trained_context=config.max_context,
+        device="cpu",
+        dtype="float32",
+        kernels="plain",
+        context=engine.context,
+        blocks=engine.blocks,
+        block_tokens=16,
+        weight_bytes=4 * config.parameter_count,
+        cache_bytes=16 * engine.blocks * 4 * 2 * 2,
     )
-    loaded = LoadedModel(
-        name="m",
-        checkpoint=open_checkpoint(tmp_path / "m"),
-        tokenizer=tokenizer,
-        chat=ChatFormat(tokenizer),
-        engine=engine,
-        device=torch.device("cpu"),
-        storage=TorchStorage(torch.float32),
-        plan=plan,
-    )
+    loaded = LoadedModel("m", facts, tokenizer, ChatFormat(tokenizer), engine)
     encoder = encoder or PromptEncoder()
     engine.start()
     try:

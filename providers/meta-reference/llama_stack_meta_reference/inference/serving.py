@@ -1,0 +1,72 @@
+"""From one model's configuration to a running engine, wherever the model itself runs.
+
+This side needs no torch: it reads the tokenizer, and learns the rest from whoever opens the checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+
+from llama_stack.errors import CheckpointError
+
+from ..config import ModelConfig
+from ..llama.chat_format import ChatFormat
+from ..llama.tokenizer import Tokenizer, load_tokenizer
+from .engine import Engine
+from .executor import Executor, ModelFacts
+from .workers import Workers
+
+logger = logging.getLogger("llama_stack.meta_reference.serving")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that can be served: its words, its engine, and what is known of it."""
+
+    name: str
+    facts: ModelFacts
+    tokenizer: Tokenizer
+    chat: ChatFormat
+    engine: Engine
+
+
+def load(name: str, config: ModelConfig, workers: Workers | None) -> LoadedModel:
+    """Open a checkpoint, load it into ``workers``, or into this process, and make its engine, not started yet.
+
+    Takes long; call it off the event loop. Raises ``CheckpointError`` for a bad folder and ``SetupError`` for what this
+    machine cannot do.
+    """
+    began = monotonic()
+    load_weights: Callable[[int], Executor]
+    if workers is None:
+        from .loading import open_model  # torch comes into this process only where the distribution says so
+
+        opened = open_model(name, config)
+        facts, load_weights = opened.facts, opened.load
+    else:
+        facts, load_weights = workers.open(), workers.load
+    tokenizer = load_tokenizer(Path(facts.tokenizer))
+    if tokenizer.vocab_size > facts.vocabulary:
+        raise CheckpointError(
+            f"{facts.tokenizer}: has {tokenizer.vocab_size} tokens, and the network beside it knows "
+            f"{facts.vocabulary}; they do not belong together"
+        )
+    chat = ChatFormat(tokenizer)
+    engine = Engine(
+        load_weights(tokenizer.vocab_size),
+        blocks=facts.blocks,
+        context=facts.context,
+        stop_ids=tokenizer.stop_ids | frozenset(facts.eos_ids),
+        max_sequences=config.max_sequences,
+        queue_size=config.queue_size,
+        prefill_tokens=config.prefill_tokens,
+        lookup_tokens=config.lookup_tokens,
+        prefix_reuse=config.prefix_reuse,
+        name=name,
+    )
+    logger.info("model %r: served after %.2f s", name, monotonic() - began)
+    return LoadedModel(name, facts, tokenizer, chat, engine)
