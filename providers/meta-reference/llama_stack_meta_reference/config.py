@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Literal
@@ -55,6 +56,8 @@ class ModelConfig(Config):
     step_timeout_seconds: float = Field(default=300.0, gt=0, le=86_400)
     """How long a step may take before the model's process counts as hung and is started anew; a shared one cannot be
     ended."""
+    tensor_parallel: int = Field(default=1, ge=1, le=64)
+    """Into how many processes the network is split, each on a GPU of its own, or all on the CPU; plain kernels only."""
     prefix_reuse: bool = True
     """Whether a prompt that begins as an earlier one did takes its beginning from the cache."""
 
@@ -68,6 +71,15 @@ class ModelConfig(Config):
                 f"shipped: {listed(BUILTIN_CHECKPOINTS)}{nearest(name, BUILTIN_CHECKPOINTS)}"
             )
         return value
+
+    @field_validator("tensor_parallel")
+    @classmethod
+    def _check_ranks(cls, ranks: int, info: ValidationInfo) -> int:
+        if ranks > 1 and info.data.get("process") == "shared":
+            raise ValueError(f"{ranks} ranks cannot share one process; set process: own")
+        if ranks > 1 and re.fullmatch("cuda:.*", info.data.get("device", "")):
+            raise ValueError(f"{ranks} ranks take as many GPUs, from the first on; set device: cuda")
+        return ranks
 
     @field_validator("cache_tokens")
     @classmethod

@@ -15,6 +15,8 @@ from llama_stack.errors import SetupError
 
 from ..config import ModelConfig
 from ..llama.checkpoint import Checkpoint, load_model, open_checkpoint
+from ..llama.config import LlamaConfig
+from ..llama.parallel import Rank, possible_ranks
 from ..native.library import WIDEST_HEAD, KernelsUnavailableError, library
 from .executor import ModelFacts
 from .kv_cache import BLOCK_TOKENS
@@ -39,6 +41,7 @@ class OpenModel:
     device: torch.device
     storage: Storage
     plan: MemoryPlan
+    rank: Rank | None
 
     @property
     def facts(self) -> ModelFacts:
@@ -68,27 +71,35 @@ class OpenModel:
         cannot be kept as was asked for.
         """
         began = monotonic()
-        runner = _runner(self.name, self.checkpoint, self.device, self.storage, self.plan)
+        if self.rank is not None:
+            self.rank.join(self.device)
+            if self.device.type == "cpu":
+                torch.set_num_threads(max(1, torch.get_num_threads() // self.rank.count))
+        runner = _runner(self)
         logger.info("model %r: ready on %s, weights and cache in %.2f s", self.name, self.device, monotonic() - began)
         return LocalExecutor(runner, vocabulary)
 
 
-def open_model(name: str, config: ModelConfig) -> OpenModel:
+def open_model(name: str, config: ModelConfig, rank: Rank | None = None) -> OpenModel:
     """Look at a checkpoint, settle where and how it runs, and plan its memory; takes little time.
+
+    With a ``rank`` all of that is for its part of the network.
 
     Raises ``CheckpointError`` for a bad folder and ``SetupError`` for what this machine cannot do.
     """
-    device = _device(name, config.device)
+    device = _device(name, config.device, rank)
     checkpoint = open_checkpoint(config.folder)
+    if rank is not None:
+        _check_split(name, checkpoint.config, rank)
     storage = _storage(name, config, checkpoint, device)
     for remark in checkpoint.remarks:
         logger.info("model %r: %s", name, remark)
-    plan = _plan(name, config, checkpoint, device, storage)
+    plan = _plan(name, config, checkpoint, device, storage, rank)
     logger.info("model %r: %s, %s", name, storage.name, plan)
-    return OpenModel(name, checkpoint, device, storage, plan)
+    return OpenModel(name, checkpoint, device, storage, plan, rank)
 
 
-def _device(name: str, asked: str) -> torch.device:
+def _device(name: str, asked: str, rank: Rank | None) -> torch.device:
     if asked == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -100,8 +111,13 @@ def _device(name: str, asked: str) -> torch.device:
             f"model {name!r} asks for device {asked!r}, and torch {torch.__version__} {cause}; "
             "set device: cpu or auto, or install a CUDA build of torch on a machine with a GPU"
         )
-    device = torch.device("cuda:0" if asked in ("auto", "cuda") else asked)
+    device = torch.device(f"cuda:{rank.number if rank else 0}" if asked in ("auto", "cuda") else asked)
     count = torch.cuda.device_count()
+    if rank is not None and rank.count > count:
+        raise SetupError(
+            f"model {name!r} asks for tensor_parallel {rank.count}; this machine has {count} GPUs, and each rank needs "
+            "one; set less, or device: cpu"
+        )
     if device.index >= count:
         last = f"cuda:0 to cuda:{count - 1}" if count > 1 else "cuda:0"
         raise SetupError(f"model {name!r} asks for device {asked!r}; this machine has {last}")
@@ -138,6 +154,8 @@ def _storage(name: str, config: ModelConfig, checkpoint: Checkpoint, device: tor
 
 def _no_kernels(config: ModelConfig, checkpoint: Checkpoint) -> str | None:
     """Why the compiled kernels cannot run this model; None where they can."""
+    if config.tensor_parallel > 1:
+        return "they run a whole network, and tensor_parallel splits it"
     if config.kernels == "plain":
         return "the distribution says kernels: plain"
     if config.dtype == "bfloat16":
@@ -156,21 +174,43 @@ def _gpu_dtype(device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def _runner(name: str, checkpoint: Checkpoint, device: torch.device, storage: Storage, plan: MemoryPlan) -> Runner:
+def _runner(opened: OpenModel) -> Runner:
+    storage, plan = opened.storage, opened.plan
     if isinstance(storage, NativeStorage):
-        model = load_model(checkpoint, device=device, dtype=storage.table_dtype)
+        model = load_model(opened.checkpoint, device=opened.device, dtype=storage.table_dtype)
         try:
             return NativeRunner(model, kind=storage.kind, blocks=plan.blocks, context=plan.context)
         except ValueError as error:
-            raise SetupError(f"model {name!r}: {error}") from error
+            raise SetupError(f"model {opened.name!r}: {error}") from error
     assert isinstance(storage, TorchStorage)
-    model = load_model(checkpoint, device=device, dtype=storage.dtype)
+    model = load_model(opened.checkpoint, device=opened.device, dtype=storage.dtype, rank=opened.rank)
     return TorchRunner(model, blocks=plan.blocks)
 
 
-def _plan(name: str, config: ModelConfig, checkpoint: Checkpoint, device: torch.device, storage: Storage) -> MemoryPlan:
-    """The memory plan of the model with cache and context settled."""
+def _check_split(name: str, network: LlamaConfig, rank: Rank) -> None:
+    possible = possible_ranks(network, most=64)
+    if rank.count not in possible:
+        raise SetupError(
+            f"model {name!r}: tensor_parallel {rank.count} does not divide its {network.n_heads} heads, "
+            f"{network.n_kv_heads} key/value heads, {network.ffn_dim} inner values and {network.vocab_size} tokens; "
+            f"possible: {', '.join(map(str, possible))}"
+        )
+
+
+def _plan(
+    name: str,
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    storage: Storage,
+    rank: Rank | None,
+) -> MemoryPlan:
+    """The memory plan of the model, or of its rank's part, with cache and context settled."""
     network = checkpoint.config
+    free = available_memory(device)
+    if rank is not None:
+        network = network.shard(rank.count)
+        free //= rank.count if device.type == "cpu" else 1  # ranks share the machine's memory
     if config.context_tokens is not None and config.context_tokens > network.max_context:
         raise SetupError(
             f"model {name!r}: context_tokens is {config.context_tokens}, and the checkpoint was made for "
@@ -180,7 +220,7 @@ def _plan(name: str, config: ModelConfig, checkpoint: Checkpoint, device: torch.
         network,
         storage,
         device,
-        available_bytes=available_memory(device),
+        available_bytes=free,
         share=_SHARE[device.type],
         max_sequences=config.max_sequences,
         context_tokens=config.context_tokens,

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..llama.config import LlamaConfig
-from ..llama.model import Llama
+from ..llama.model import Attention, Llama
 from .batch import Batch
 from .kv_cache import BLOCK_TOKENS, cache_bytes
 
@@ -94,12 +94,14 @@ class TorchRunner:
 
     def __init__(self, model: Llama, *, blocks: int, block_tokens: int = BLOCK_TOKENS) -> None:
         weight = model.tok_embeddings.weight
+        attention = model.layers[0].attention
+        assert isinstance(attention, Attention)
         self.block_tokens = block_tokens
         self.device = weight.device
         self._model: Llama | None = model
         config = model.config
         # One block more than asked for: it stays zero, and whatever is read beyond the end of a sequence is read there.
-        shape = (config.n_layers, blocks + 1, block_tokens, config.n_kv_heads, config.head_dim)
+        shape = (config.n_layers, blocks + 1, block_tokens, attention.n_kv_heads, config.head_dim)
         # Not inference tensors even when made under inference_mode: those could not be written to outside of it.
         with torch.inference_mode(False):
             self._keys: Tensor | None = torch.zeros(shape, device=weight.device, dtype=weight.dtype)

@@ -17,6 +17,7 @@ import socket
 import sys
 from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_stack.errors import StackError
@@ -72,11 +73,13 @@ class Worker:
         return Kind.DONE, b""
 
     def _open(self, asked: dict[str, Any]) -> bytes:
-        self._rank = asked["rank"]
+        self._rank, ranks = asked["rank"], asked["ranks"]
         _log_to(self._connection, asked["log_level"] if self._rank == 0 else max(asked["log_level"], logging.WARNING))
+        from ..llama.parallel import Rank
         from .loading import open_model  # torch takes seconds to import; signals and log are settled before
 
-        self._opened = open_model(asked["name"], ModelConfig.model_validate(asked["config"]))
+        rank = Rank(self._rank, ranks, Path(asked["rendezvous"])) if ranks > 1 else None
+        self._opened = open_model(asked["name"], ModelConfig.model_validate(asked["config"]), rank)
         return json.dumps(asdict(self._opened.facts)).encode()
 
 
@@ -112,7 +115,7 @@ def main() -> None:
 
 
 def _log_to(connection: Connection, level: int) -> None:
-    logging.basicConfig(handlers=[_ServerLog(connection)], level=logging.WARNING, force=True)
+    logging.basicConfig(handlers=[_ServerLog(connection)], level=logging.WARNING, format="%(message)s", force=True)
     logging.getLogger("llama_stack").setLevel(level)
     logging.captureWarnings(True)
 

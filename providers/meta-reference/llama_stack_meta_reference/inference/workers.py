@@ -84,7 +84,7 @@ class Workers:
         self.restarts = 0
         self._name = name
         self._config = config
-        self._ranks = 1
+        self._ranks = config.tensor_parallel
         self._facts: ModelFacts | None = None
         self._vocabulary = 0
         self._workers: list[_Worker] = []

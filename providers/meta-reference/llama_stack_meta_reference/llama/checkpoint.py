@@ -28,6 +28,7 @@ from llama_stack.errors import CheckpointError
 from .config import LlamaConfig
 from .meta_shards import MetaShards
 from .model import Llama
+from .parallel import Rank, empty_part
 from .safetensors_weights import SafetensorsWeights, hugging_face_name
 
 _LARGEST_JSON_BYTES = 2_000_000
@@ -74,22 +75,33 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{folder}: cannot be read: {_reason(error)}") from None
 
 
-def load_model(checkpoint: Checkpoint, *, device: torch.device | str, dtype: torch.dtype) -> Llama:
+def load_model(
+    checkpoint: Checkpoint, *, device: torch.device | str, dtype: torch.dtype, rank: Rank | None = None
+) -> Llama:
     """Return the network with the checkpoint's weights, converted to ``dtype``, in memory of its own on ``device``.
+
+    With a ``rank``, which has joined the others, it is that rank's part, whatever shards the checkpoint has.
 
     Weights go one at a time: the peak is the network and one weight. Nothing stays mapped, so a file that changes later
     cannot change or crash a running network. Raises CheckpointError when the files are no longer what
     ``open_checkpoint`` saw, and for a weight that is not finite in ``dtype``: every answer would be noise.
     """
-    model = Llama(checkpoint.config, device="meta", dtype=dtype)
+    config = checkpoint.config
     weights = _open_weights(checkpoint.layout, checkpoint.weight_files)
-    _check_weights(checkpoint.folder, weights, checkpoint.config)
-    model.to_empty(device=device)
+    _check_weights(checkpoint.folder, weights, config)
+    if rank is None:
+        model = Llama(config, device="meta", dtype=dtype).to_empty(device=device)
+    else:
+        model = empty_part(config, device=device, dtype=dtype)
+    shapes = {name: weight.shape for name, weight in _parameters(config)}
     try:
         with torch.no_grad():
             for name, weight in model.named_parameters():
-                weights.copy_into(name, weight, checkpoint.config)
-                _check_finite(checkpoint, weights.stored_name(name), weight)
+                whole = weight if rank is None else torch.empty(shapes[name], dtype=dtype)
+                weights.copy_into(name, whole, config)
+                _check_finite(checkpoint, weights.stored_name(name), whole)
+                if rank is not None:
+                    weight.copy_(rank.part(name, whole))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{checkpoint.folder}: changed while it was read: {_reason(error)}") from None
     return model

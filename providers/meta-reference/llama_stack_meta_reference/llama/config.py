@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llama_stack.errors import CheckpointError
@@ -109,6 +109,16 @@ class LlamaConfig:
         layer = attention + 3 * self.dim * self.ffn_dim + 2 * self.dim
         embeddings = self.vocab_size * self.dim * (1 if self.tied_embeddings else 2)
         return embeddings + self.n_layers * layer + self.dim
+
+    def shard(self, ranks: int) -> LlamaConfig:
+        """The sizes of one rank's part of the network (parallel.py); each of them must come out even."""
+        return replace(
+            self,
+            n_heads=self.n_heads // ranks,
+            n_kv_heads=self.n_kv_heads // ranks,
+            ffn_dim=self.ffn_dim // ranks,
+            vocab_size=self.vocab_size // ranks,
+        )
 
     @classmethod
     def from_meta(cls, params: Mapping[str, Any], *, tied_embeddings: bool = False) -> LlamaConfig:

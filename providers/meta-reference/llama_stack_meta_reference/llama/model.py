@@ -123,6 +123,11 @@ class Attention(nn.Module):
         output_D: Tensor = self.wo(attended_HK.flatten(-2))
         return output_D
 
+    @property
+    def n_kv_heads(self) -> int:
+        """How many key/value heads it has: of a split network's, those of this rank."""
+        return self.wk.weight.shape[0] // self.head_dim
+
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:-1], -1, self.head_dim)
 
