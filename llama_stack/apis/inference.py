@@ -120,6 +120,24 @@ class EmbeddingsResponse(Schema):
     embeddings: list[list[float]]
 
 
+class AddAdapterRequest(Schema):
+    """Serve a LoRA adapter on a model that is in memory already."""
+
+    model: Id
+    """The base model."""
+    adapter: Id
+    """The name under which it is served."""
+    folder: Id
+    """The folder of the adapter, one of those that the operator keeps for it."""
+
+
+class RemoveAdapterRequest(Schema):
+    """Stop serving an adapter."""
+
+    model: Id
+    """The adapter's name."""
+
+
 class Inference(Api, name="inference", routed_by="model"):
     """Text generation by Llama models.
 
@@ -159,3 +177,15 @@ class Inference(Api, name="inference", routed_by="model"):
     @post("/inference/embeddings", extension=True)
     async def embeddings(self, request: EmbeddingsRequest) -> EmbeddingsResponse:
         """Turn texts into vectors of one length."""
+
+    @post("/inference/adapters/add", extension=True)
+    async def add_adapter(self, request: AddAdapterRequest) -> ServedModel:
+        """Serve an adapter from now on, until the server stops; the base and its other adapters answer meanwhile.
+
+        Raises ``AlreadyExistsError`` where the name is taken and ``InvalidRequestError`` for a folder that holds no
+        adapter for this model.
+        """
+
+    @post("/inference/adapters/remove", extension=True)
+    async def remove_adapter(self, request: RemoveAdapterRequest) -> None:
+        """Stop serving an adapter; requests that it has begun to answer are answered to the end."""

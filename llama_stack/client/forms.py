@@ -89,6 +89,8 @@ class BlockingInference(BlockingApi, of=Inference):
     batch_completion = blocking(Inference.batch_completion)
     batch_chat_completion = blocking(Inference.batch_chat_completion)
     embeddings = blocking(Inference.embeddings)
+    add_adapter = blocking(Inference.add_adapter)
+    remove_adapter = blocking(Inference.remove_adapter)
 
 
 class BlockingSafety(BlockingApi, of=Safety):

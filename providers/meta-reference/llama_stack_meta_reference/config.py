@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -61,6 +61,11 @@ class ModelConfig(Config):
     prefix_reuse: bool = True
     """Whether a prompt that begins as an earlier one did takes its beginning from the cache."""
 
+    adapters: dict[Id, Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00]+$")]] = Field(
+        default_factory=dict
+    )
+    """LoRA adapters on this model, each a folder as peft writes it, by the name that requests use."""
+
     @field_validator("checkpoint")
     @classmethod
     def _check_builtin(cls, value: str) -> str:
@@ -93,6 +98,11 @@ class ModelConfig(Config):
         return cache_tokens
 
     @property
+    def adapter_folders(self) -> dict[str, Path]:
+        """The absolute paths that ``adapters`` names."""
+        return {name: Path(folder).expanduser().absolute() for name, folder in self.adapters.items()}
+
+    @property
     def folder(self) -> Path:
         """The folder that ``checkpoint`` names."""
         if self.checkpoint.startswith(BUILTIN):
@@ -107,6 +117,26 @@ class MetaReferenceConfig(Config):
     """Each model by the name that requests use."""
     aliases: dict[Id, Id] = Field(default_factory=dict)
     """Further names, each for one of the models, such as the draft's ``llama3_8b_chat``."""
+    adapters_folder: Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00]+$")] | None = (
+        None
+    )
+    """Where the folders lie that ``POST /inference/adapters/add`` may name; without it none may be added by request."""
+
+    @property
+    def adapters_root(self) -> Path | None:
+        """The absolute path that ``adapters_folder`` names."""
+        return Path(self.adapters_folder).expanduser().absolute() if self.adapters_folder else None
+
+    @field_validator("models")
+    @classmethod
+    def _check_adapters(cls, models: dict[str, ModelConfig]) -> dict[str, ModelConfig]:
+        taken = dict.fromkeys(models, "a model")
+        for model in models.values():
+            for name in model.adapters:
+                if name in taken:
+                    raise ValueError(f"the adapter {name!r} has the name of {taken[name]}; rename one of them")
+                taken[name] = "another adapter"
+        return models
 
     @field_validator("aliases")
     @classmethod
@@ -124,9 +154,10 @@ class MetaReferenceConfig(Config):
         return aliases
 
 
-def _alias_faults(alias: str, model: str, models: Collection[str]) -> Iterator[str]:
-    if alias in models:
+def _alias_faults(alias: str, model: str, models: Mapping[str, ModelConfig]) -> Iterator[str]:
+    names = {*models, *(name for config in models.values() for name in config.adapters)}
+    if alias in names:
         yield f"the alias {alias!r} is the name of a model; remove it, or rename the model"
-    elif model not in models:
-        hint = nearest(model, models)
-        yield f"the alias {alias!r} stands for {model!r}, which is none of the models{hint}; models: {listed(models)}"
+    elif model not in names:
+        hint = nearest(model, names)
+        yield f"the alias {alias!r} stands for {model!r}, which is none of the models{hint}; models: {listed(names)}"

@@ -28,8 +28,9 @@ def test_every_setting_has_its_row_with_its_default() -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", settings, re.MULTILINE))
     assert rows.keys() == ModelConfig.model_fields.keys()
     for name, field in ModelConfig.model_fields.items():
-        if field.default is not None and not field.is_required():
-            assert rows[name].strip("` ") == str(field.default)
+        default = field.get_default(call_default_factory=True)
+        if default is not None and not field.is_required():
+            assert rows[name].strip("` ") == str(default)
 
 
 def test_every_metric_has_its_row() -> None:

@@ -19,3 +19,5 @@ class Batch:
     """For each sequence, its cache blocks; they cover its new tokens and may be more."""
     sampled: list[int] = field(default_factory=list)
     """The places in ``tokens`` after which logits are wanted, ascending."""
+    adapters: list[int] = field(default_factory=list)
+    """For each sequence, the adapter that it runs through, 0 for none; may be empty where none has one."""

@@ -16,6 +16,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from time import monotonic
 
@@ -51,6 +52,8 @@ class Generation:
     max_tokens: int = 0
     """The most tokens to generate; 0 = to the end of the context."""
     logprobs: bool = False
+    adapter: int = 0
+    """What ``Engine.add_adapter`` returned; 0 for the base model alone."""
 
 
 class Ticket:
@@ -144,6 +147,9 @@ class Engine:
         self._lock = threading.Condition()  # guards the scheduler, the tickets and the flags below
         self._has_cancelled = False
         self._is_stopping = False
+        self._calls: list[tuple[Callable[[], None], Future[None]]] = []  # to be made between two steps
+        self._last_adapter = 0
+        self._retired: set[int] = set()
         self._is_clean = True  # whether the executor and its cache can be used
         self._failed_resets = 0  # in a row
         self._thread = threading.Thread(target=self._run, name=f"engine {name}", daemon=True)
@@ -216,6 +222,32 @@ class Engine:
             self._lock.notify()
         await asyncio.to_thread(self._close)
 
+    async def add_adapter(self, folder: str) -> int:
+        """Read a LoRA adapter between two steps; return the number by which generations ask for it.
+
+        Raises ``CheckpointError`` for a bad folder, ``EngineRestartedError`` when the executor was lost meanwhile and
+        ``DrainingError`` when the engine stops.
+        """
+        self._last_adapter += 1
+        adapter = self._last_adapter  # never used again: what is cached of another's text must not match
+        await self._between_steps(lambda: self._executor.add_adapter(adapter, folder))
+        return adapter
+
+    def retire_adapter(self, adapter: int) -> None:
+        """Let go of an adapter as soon as the last generation that runs through it has ended."""
+        with self._lock:
+            self._retired.add(adapter)
+            self._lock.notify()
+
+    async def _between_steps(self, call: Callable[[], None]) -> None:
+        done: Future[None] = Future()
+        with self._lock:
+            if not self.is_running:
+                raise DrainingError(f"the engine of {self.name!r} has been stopped")
+            self._calls.append((call, done))
+            self._lock.notify()
+        await asyncio.wrap_future(done)
+
     def submit(self, request: list[Generation]) -> list[Ticket]:
         """Put one request, of one generation or a batch of them, in line; return a ticket for each generation.
 
@@ -259,6 +291,7 @@ class Engine:
             stop_ids=self._stop_ids,
             submitted_at=monotonic(),
             wants_logprobs=generation.logprobs,
+            adapter=generation.adapter,
             drafter=PromptLookup() if sampler.is_greedy and self._scheduler.lookup_tokens else None,
         )
 
@@ -285,6 +318,10 @@ class Engine:
             stopped = [*self._scheduler.running, *self._scheduler.drop_waiting()]
             for sequence in stopped:
                 self._end(sequence, DrainingError(f"the engine of {self.name!r} is being stopped"))
+            calls, self._calls = self._calls, []
+        for _, done in calls:
+            if done.set_running_or_notify_cancel():
+                done.set_exception(DrainingError(f"the engine of {self.name!r} is being stopped"))
         self._deliver()
 
     def _wait(self) -> bool:
@@ -293,7 +330,7 @@ class Engine:
             if self._failed_resets:
                 pause_seconds = min(_FIRST_PAUSE_SECONDS * 2 ** (self._failed_resets - 1), _LONGEST_PAUSE_SECONDS)
                 self._lock.wait_for(lambda: self._is_stopping, pause_seconds)
-            elif self._is_clean and self._scheduler.is_idle and not self._is_stopping:
+            elif self._is_clean and self._scheduler.is_idle and not (self._is_stopping or self._calls):
                 self._lock.wait(_IDLE_SECONDS)
             return not self._is_stopping
 
@@ -303,6 +340,7 @@ class Engine:
             self._is_clean = True
             self._failed_resets = 0
         self._executor.check()  # nobody shall be in a step that cannot be run
+        self._tend_adapters()
         with self._lock:
             if self._has_cancelled:
                 self._has_cancelled = False
@@ -323,6 +361,25 @@ class Engine:
             raise
         with self._lock:
             self._settle(step, picked, began)
+
+    def _tend_adapters(self) -> None:
+        with self._lock:
+            calls, self._calls = self._calls, []
+            in_use = {sequence.adapter for sequence in self._tickets} if self._retired else set()
+            free = self._retired - in_use
+            self._retired -= free
+        for call, done in calls:
+            if not done.set_running_or_notify_cancel():
+                continue
+            try:
+                call()
+            except Exception as error:
+                lost = EngineRestartedError(f"the engine of {self.name!r} is being restarted")
+                done.set_exception(lost if isinstance(error, ExecutorLostError) else error)
+            else:
+                done.set_result(None)
+        for adapter in free:
+            self._executor.remove_adapter(adapter)
 
     def _settle(self, step: Step, picked: list[SampledToken | None], began: float) -> None:
         """Enter the picked tokens, count them and pass them on. Under the lock."""

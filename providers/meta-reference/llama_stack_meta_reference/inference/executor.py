@@ -72,6 +72,18 @@ class Executor(Protocol):
         """Raise ``ExecutorLostError`` when it was lost since the last call of anything. Never waits."""
         ...
 
+    def add_adapter(self, adapter: int, folder: str) -> None:
+        """Read the LoRA adapter in a folder; ``Batch.adapters`` calls it by this number, which is above 0 and new.
+
+        Raises ``CheckpointError`` for a bad folder. A reset keeps it; where that fails to read it again, what runs
+        through it gets None for its tokens.
+        """
+        ...
+
+    def remove_adapter(self, adapter: int) -> None:
+        """Forget an adapter that no sequence runs through any more."""
+        ...
+
     def reset(self) -> None:
         """Blank the cache; where the executor was lost, make one try to start it again, which may take long."""
         ...

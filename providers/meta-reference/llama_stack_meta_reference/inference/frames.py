@@ -4,7 +4,7 @@ A frame is a header (length of the body, kind) and a body of at most ``LARGEST_B
 frames of a step hold packed numbers, for they come a thousand times a second. Nothing is ever pickled, and every count
 in a body is checked against the body's size before it is used.
 
-    server -> worker   OPEN, LOAD, STEP, RESET
+    server -> worker   OPEN, LOAD, STEP, RESET, ADD_ADAPTER, REMOVE_ADAPTER
     worker -> server   FACTS, DONE, PICKED or FAILED, one for each of these; LOG at any time
 """
 
@@ -30,7 +30,7 @@ LARGEST_BODY = 1 << 28
 """The step of 1,024 sequences with a million tokens each has a body of this size."""
 _HEADER = struct.Struct("<IB")
 _READ_BYTES = 1 << 18
-_STEP = struct.Struct("<5I")  # tokens, sequences, blocks of all tables, sampled places, numbers of chance
+_STEP = struct.Struct("<6I")  # tokens, sequences, adapters, blocks of all tables, sampled places, numbers of chance
 _PICKED = struct.Struct("<3I")  # rows, alternatives of all rows, log-probabilities
 _IS_GREEDY, _WANTS_LOGPROBS = 1, 2
 _NOT_FINITE = -1
@@ -55,6 +55,10 @@ class Kind(IntEnum):
     """In place of any other answer: ``{"code", "detail"}``, the code null for what is no ``StackError``."""
     LOG = 9
     """A line for the server's log: ``{"logger", "level", "message"}``."""
+    ADD_ADAPTER = 10
+    """Read one, ``{"adapter", "folder"}``; answered by DONE."""
+    REMOVE_ADAPTER = 11
+    """Forget one, ``{"adapter"}``; answered by DONE."""
 
 
 class Frame(NamedTuple):
@@ -153,25 +157,33 @@ class Connection:
 def pack_step(batch: Batch, choices: Sequence[Choice]) -> bytes:
     """The body of a STEP."""
     tables = batch.tables
+    adapters = batch.adapters if any(batch.adapters) else []
     chance = [number for c in choices if not c.is_greedy for number in (c.temperature, c.top_p, c.drawn)]
     flags = (_IS_GREEDY * c.is_greedy | _WANTS_LOGPROBS * c.wants_logprobs for c in choices)
     top_k = (c.top_k for c in choices)
     # A list first: an array takes that in one go, and any other iterable item by item.
-    numbers = [*batch.tokens, *batch.starts, *batch.counts, *map(len, tables)]
+    numbers = [*batch.tokens, *batch.starts, *batch.counts, *adapters, *map(len, tables)]
     numbers += chain.from_iterable(tables)
     numbers += chain(batch.sampled, flags, top_k)
-    header = _STEP.pack(len(batch.tokens), len(batch.counts), sum(map(len, tables)), len(choices), len(chance))
+    blocks = sum(map(len, tables))
+    header = _STEP.pack(len(batch.tokens), len(tables), len(adapters), blocks, len(choices), len(chance))
     return header + array("i", numbers).tobytes() + array("d", chance).tobytes()
 
 
 def unpack_step(body: bytes) -> tuple[Batch, list[Choice]]:
     """What ``pack_step`` packed. Raises ``FrameError``."""
     reader = _Reader(body, _STEP)
-    tokens, sequences, blocks, sampled, chances = reader.counts
-    numbers, chance = reader.rest(tokens + 3 * sequences + blocks + 3 * sampled, chances)
+    tokens, sequences, adapters, blocks, sampled, chances = reader.counts
+    numbers, chance = reader.rest(tokens + 3 * sequences + adapters + blocks + 3 * sampled, chances)
     batch = Batch(numbers.take(tokens), numbers.take(sequences), numbers.take(sequences))
+    batch.adapters = numbers.take(adapters)
     lengths = numbers.take(sequences)
-    if sum(batch.counts) != tokens or sum(lengths) != blocks or min(lengths, default=0) < 0:
+    if (
+        sum(batch.counts) != tokens
+        or sum(lengths) != blocks
+        or min(lengths, default=0) < 0
+        or adapters not in (0, sequences)
+    ):
         raise FrameError("a step whose counts do not fit together")
     batch.tables = [numbers.take(length) for length in lengths]
     batch.sampled = numbers.take(sampled)

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 BLOCK_TOKENS = 16
 """Tokens of a block: fewer waste less of each sequence's last one, more make tables shorter."""
 
-# What a block's contents follow from: the adapter's name or the serial of the block before it, and its own tokens. The
-# tokens themselves are part of the key, so that equal hashes never pass for equal texts.
-_Key = tuple[str | int, tuple[int, ...]]
+# What a block's contents follow from: the serial of the block before it, or below zero the adapter, and its own tokens.
+# The tokens themselves are part of the key, so that equal hashes never pass for equal texts.
+_Key = tuple[int, tuple[int, ...]]
 
 
 def cache_bytes(config: LlamaConfig, tokens: int, dtype: torch.dtype) -> int:
@@ -74,14 +74,14 @@ class BlockPool:
             taken.append(block)
         return taken
 
-    def match(self, tokens: Sequence[int], adapter: str = "") -> list[int]:
+    def match(self, tokens: Sequence[int], adapter: int = 0) -> list[int]:
         """Take the indexed blocks of the longest known beginning of ``tokens``, never all of them.
 
         At least the last token is left to be run, for its logits. What ``adapter`` computed is its own: another's keys
         and values of the same text differ.
         """
         table: list[int] = []
-        parent: str | int = adapter
+        parent = -1 - adapter
         size = self.block_tokens
         for start in range(0, len(tokens) - size, size):
             block = self._index.get((parent, tuple(tokens[start : start + size])))
@@ -94,13 +94,13 @@ class BlockPool:
             parent = self._serials[block]
         return table
 
-    def index(self, table: list[int], place: int, tokens: Sequence[int], adapter: str = "") -> None:
+    def index(self, table: list[int], place: int, tokens: Sequence[int], adapter: int = 0) -> None:
         """Let others find the block ``table[place]``, now that all its positions hold ``tokens``' keys and values.
 
         Called for each block of a table in order. Where an equal block is known already, the table gets that one.
         """
         block = table[place]
-        parent: str | int = self._serials[table[place - 1]] if place else adapter
+        parent = self._serials[table[place - 1]] if place else -1 - adapter
         size = self.block_tokens
         key = (parent, tuple(tokens[place * size : (place + 1) * size]))
         known = self._index.setdefault(key, block)

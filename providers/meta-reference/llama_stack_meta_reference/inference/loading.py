@@ -184,7 +184,7 @@ def _runner(opened: OpenModel) -> Runner:
             raise SetupError(f"model {opened.name!r}: {error}") from error
     assert isinstance(storage, TorchStorage)
     model = load_model(opened.checkpoint, device=opened.device, dtype=storage.dtype, rank=opened.rank)
-    return TorchRunner(model, blocks=plan.blocks)
+    return TorchRunner(model, blocks=plan.blocks, rank=opened.rank)
 
 
 def _check_split(name: str, network: LlamaConfig, rank: Rank) -> None:

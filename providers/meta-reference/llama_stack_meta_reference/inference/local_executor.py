@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
+from ..llama.lora import load_adapter
 from .batch import Batch
 from .logits import sample
 from .runner import Runner
@@ -31,6 +33,14 @@ class LocalExecutor:
         with torch.inference_mode():
             logits_RV = self._runner.run(batch)
             return sample(logits_RV[:, : self._vocabulary], choices) if choices else []
+
+    def add_adapter(self, adapter: int, folder: str) -> None:
+        """See ``Executor``."""
+        self._runner.add_adapter(adapter, load_adapter(Path(folder), self._runner.config))
+
+    def remove_adapter(self, adapter: int) -> None:
+        """See ``Executor``."""
+        self._runner.remove_adapter(adapter)
 
     def check(self) -> None:
         """See ``Executor``."""

@@ -11,15 +11,29 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, product
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..llama.config import LlamaConfig
+from ..llama.lora import TARGETS, LoraAdapter
 from ..llama.model import Attention, Block, FeedForward, Llama
-from ..native.library import BLOCK, INPUT_MULTIPLE, LANES, PANEL, WIDEST_HEAD, CLayer, CNetwork, CWork, library
+from ..native.library import (
+    BLOCK,
+    INPUT_MULTIPLE,
+    LANES,
+    PANEL,
+    WIDEST_HEAD,
+    CAdapter,
+    CLayer,
+    CLowRank,
+    CNetwork,
+    CWork,
+    library,
+)
 from ..native.matrix import PackedMatrix, Scratch, padded
 from .batch import Batch
 
@@ -62,6 +76,29 @@ class NativeStorage:
         )
 
 
+class _PackedAdapter:
+    """An adapter as the kernels read it. Holds the memory that ``c`` points into."""
+
+    def __init__(self, adapter: LoraAdapter, config: LlamaConfig) -> None:
+        rank = padded(adapter.rank, LANES)
+        self._pairs = (CLowRank * (config.n_layers * len(TARGETS)))()
+        self._halves: list[Tensor] = []
+        for place, (layer, target) in enumerate(product(range(config.n_layers), TARGETS.values())):
+            pair = adapter.pairs.get(f"layers.{layer}.{target}")
+            if pair is not None:
+                down_IR, up_RO = (F.pad(half, (0, 0, 0, rank - adapter.rank)) for half in (pair.down_RI, pair.up_OR.T))
+                self._halves += (down_IR := down_IR.T.contiguous(), up_RO := up_RO.contiguous())
+                self._pairs[place] = CLowRank(down_IR.data_ptr(), up_RO.data_ptr())
+        self.c = CAdapter(rank, self._pairs)
+
+
+class _Selected(NamedTuple):
+    """The adapters of one step, and the place of each row's among them."""
+
+    array: ctypes.Array[CAdapter] | None
+    of_rows: ctypes.Array[ctypes.c_int32] | None
+
+
 class NativeRunner:
     """A ``Runner`` over packed weights. Takes ``model`` apart: its matrices are freed one by one as they are packed."""
 
@@ -70,11 +107,12 @@ class NativeRunner:
 
     def __init__(self, model: Llama, *, kind: str, blocks: int, context: int) -> None:
         """``kind`` is one of ``KINDS``. Raises ``ValueError`` for weights that it cannot hold."""
-        config = self._config = model.config
+        config = self.config = model.config
         self._kernels = library()
         self._table_VD: Tensor | None = model.tok_embeddings.weight.detach()
         self._weights: list[PackedMatrix] = []
         self._norms: list[Tensor] = []
+        self._adapters: dict[int, _PackedAdapter] = {}
         layers = (CLayer * config.n_layers)(*(self._layer(block, kind) for block in _blocks(model)))
         head = self._packed(kind, [self._table_VD] if model.output is None else [_taken(model.output)])
         cosine, sine = (
@@ -108,6 +146,8 @@ class NativeRunner:
             layer_bytes=layer * dtype.itemsize,
             blocks=blocks,
             has_half_cache=dtype is torch.float16,
+            low=0,
+            low_rank=0,
             threads=torch.get_num_threads(),
         )
 
@@ -119,13 +159,14 @@ class NativeRunner:
             self._make_room(rows)
         embedded_ND = F.embedding(torch.tensor(batch.tokens), self._table_VD).float().contiguous()
         if len(self._logits) < sampled:
-            self._logits = torch.empty(sampled, padded(self._config.vocab_size, PANEL))
+            self._logits = torch.empty(sampled, padded(self.config.vocab_size, PANEL))
         width = max(map(len, batch.tables))
         positions: list[int] = []
         slots: list[int] = []
         for start, count, table in zip(batch.starts, batch.counts, batch.tables, strict=True):
             positions += range(start, start + count)
             slots += [table[at // BLOCK] * BLOCK + at % BLOCK for at in range(start, start + count)]
+        adapters = self._selected(batch)
         tables = chain.from_iterable(table + [0] * (width - len(table)) for table in batch.tables)
         work = CWork(
             rows=rows,
@@ -139,12 +180,23 @@ class NativeRunner:
             sampled_rows=_address(sampled_array := _numbers(batch.sampled)),
             position=_address(position_array := _numbers(positions)),
             slot=_address(slot_array := _numbers(slots)),
+            adapters=adapters.array,
+            adapter=adapters.of_rows and _address(adapters.of_rows),
             logits=self._logits.data_ptr(),
         )
         self._kernels.step(ctypes.byref(self._network), ctypes.byref(work))
         # The arrays must outlive the call: ctypes keeps addresses, not objects.
-        del start_array, count_array, table_array, sampled_array, position_array, slot_array, embedded_ND
-        return self._logits[:sampled, : self._config.vocab_size]
+        del start_array, count_array, table_array, sampled_array, position_array, slot_array, embedded_ND, adapters
+        return self._logits[:sampled, : self.config.vocab_size]
+
+    def add_adapter(self, number: int, adapter: LoraAdapter) -> None:
+        """See ``Runner``. Adapters stay float32, whatever the weights are."""
+        self._adapters[number] = _PackedAdapter(adapter, self.config)
+        self._rows = 0  # room is made again, now for the largest rank
+
+    def remove_adapter(self, number: int) -> None:
+        """See ``Runner``."""
+        self._adapters.pop(number, None)
 
     def reset(self) -> None:
         """Zero the cache, in place."""
@@ -157,9 +209,18 @@ class NativeRunner:
         """Free weights and cache."""
         self._table_VD = self._keys = self._values = None
         self._weights.clear()
+        self._adapters.clear()
+
+    def _selected(self, batch: Batch) -> _Selected:
+        if not any(batch.adapters):
+            return _Selected(None, None)
+        numbers = sorted({number for number in batch.adapters if number})
+        place = {0: -1} | {number: place for place, number in enumerate(numbers)}
+        rows = [place[n] for n, count in zip(batch.adapters, batch.counts, strict=True) for _ in range(count)]
+        return _Selected((CAdapter * len(numbers))(*(self._adapters[number].c for number in numbers)), _numbers(rows))
 
     def _make_room(self, rows: int) -> None:
-        config, network = self._config, self._network
+        config, network = self.config, self._network
         ffn = padded(config.ffn_dim, PANEL)
         wide = max(padded((config.n_heads + 2 * config.n_kv_heads) * config.head_dim, PANEL), 2 * ffn)
         inputs = padded(max(config.dim, config.n_heads * config.head_dim, ffn), INPUT_MULTIPLE)
@@ -169,7 +230,10 @@ class NativeRunner:
             torch.empty(rows, wide),
             torch.empty(rows, config.n_heads, padded(config.head_dim, LANES)),
         )
+        network.low_rank = max((adapter.c.rank for adapter in self._adapters.values()), default=0)
+        self._low = torch.empty(rows, 3, network.low_rank)
         network.x, network.wide, network.attended = (tensor.data_ptr() for tensor in self._room)
+        network.low = self._low.data_ptr()
         self._scratch = Scratch(rows, inputs)
         network.floats, network.bytes = self._scratch.floats.data_ptr(), self._scratch.bytes.data_ptr()
         network.scales, network.starts = self._scratch.scales.data_ptr(), self._scratch.starts.data_ptr()

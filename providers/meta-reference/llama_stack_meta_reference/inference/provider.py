@@ -1,16 +1,20 @@
-"""The Inference API over our own engines, one for each model."""
+"""The Inference API over our own engines, one for each base model."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Generic, TypeVar
 
 from prometheus_client.core import Metric
+from pydantic import JsonValue
 
 from llama_stack.apis.common import StopReason, ToolCall, ToolDefinition
 from llama_stack.apis.inference import (
+    AddAdapterRequest,
     BatchChatCompletionRequest,
     BatchCompletionRequest,
     ChatCompletionRequest,
@@ -20,9 +24,16 @@ from llama_stack.apis.inference import (
     CompletionResponse,
     CompletionResponseStreamChunk,
     Inference,
+    RemoveAdapterRequest,
 )
 from llama_stack.apis.models import ModelKind, ServedModel
-from llama_stack.errors import ModelNotFoundError
+from llama_stack.errors import (
+    AlreadyExistsError,
+    CheckpointError,
+    ForbiddenError,
+    InvalidRequestError,
+    ModelNotFoundError,
+)
 
 from ..config import MetaReferenceConfig
 from .engine import Generation, Ticket
@@ -53,20 +64,81 @@ async def serve(config: MetaReferenceConfig) -> AsyncIterator[MetaReferenceInfer
             running.push_async_callback(model.engine.stop)
             model.engine.start()
             models[name] = model
-        yield MetaReferenceInference(models, config.aliases, encoder)
+        provider = MetaReferenceInference(models, encoder, config.aliases, config.adapters_root)
+        for base, model_config in config.models.items():
+            for name, folder in model_config.adapter_folders.items():
+                await provider.serve_adapter(name, base, folder)
+        yield provider
+
+
+@dataclass(frozen=True)
+class _Served:
+    """What a name stands for: a model, or an adapter on it."""
+
+    model: LoadedModel
+    adapter: int = 0
+    folder: Path | None = None
+    """Where the adapter lies."""
 
 
 class MetaReferenceInference(Inference):
-    """Serves the models and their aliases; every model answers texts and dialogs alike."""
+    """Serves models, LoRA adapters on them, and aliases of both; every one answers texts and dialogs alike."""
 
-    def __init__(self, models: dict[str, LoadedModel], aliases: dict[str, str], encoder: PromptEncoder) -> None:
-        self._encoder = encoder
-        self._names = {name: name for name in models} | aliases
+    def __init__(
+        self,
+        models: dict[str, LoadedModel],
+        encoder: PromptEncoder,
+        aliases: Mapping[str, str],
+        adapters_folder: Path | None,
+    ) -> None:
         self._models = models
+        self._encoder = encoder
+        self._aliases = aliases
+        self._adapters_folder = adapters_folder
+        self._served = {name: _Served(model) for name, model in models.items()}
+        self._adding = asyncio.Lock()
 
     async def models(self) -> list[ServedModel]:
-        """The models and their aliases, each with its device, its context and what its checkpoint is."""
-        return [_described(name, self._models[model]) for name, model in self._names.items()]
+        """Models, adapters and aliases, each with its device, its context and what its checkpoint is."""
+        listed = [_described(name, served) for name, served in self._served.items()]
+        aliases = ((alias, name) for alias, name in self._aliases.items() if name in self._served)
+        return listed + [_described(alias, self._served[name], alias_of=name) for alias, name in aliases]
+
+    async def serve_adapter(self, name: str, base: str, folder: Path) -> ServedModel:
+        """Serve the adapter in a folder under a name from now on; the same again is a success.
+
+        The folder's path is absolute. Raises ``AlreadyExistsError`` where the name is taken, ``ModelNotFoundError`` for
+        the base and ``CheckpointError`` for the folder.
+        """
+        if base not in self._models:
+            raise ModelNotFoundError(base, self._models)
+        async with self._adding:
+            known = self._served.get(name)
+            if known is None and name not in self._aliases:
+                model = self._models[base]
+                known = _Served(model, await model.engine.add_adapter(str(folder)), folder)
+                self._served[name] = known
+            elif known is None or (known.model.name, known.folder) != (base, folder):
+                raise AlreadyExistsError("model", name, param="adapter")
+        return _described(name, known)
+
+    async def add_adapter(self, request: AddAdapterRequest) -> ServedModel:
+        """Serve one of the adapters in ``adapters_folder``. Raises ``ForbiddenError`` where that is not set."""
+        root = self._adapters_folder
+        if root is None:
+            raise ForbiddenError("no adapter is added by request here: the distribution sets no adapters_folder")
+        try:
+            return await self.serve_adapter(request.adapter, request.model, _within(root, request.folder))
+        except CheckpointError as error:  # where the folder lies is nothing for clients
+            raise InvalidRequestError(str(error).replace(f"{root}/", ""), param="folder") from error
+
+    async def remove_adapter(self, request: RemoveAdapterRequest) -> None:
+        """Forget the name at once, and the adapter when nothing runs through it any more."""
+        served = self._served.get(request.model)
+        if served is None or not served.adapter:
+            raise ModelNotFoundError(request.model, [name for name, served in self._served.items() if served.adapter])
+        del self._served[request.model]
+        served.model.engine.retire_adapter(served.adapter)
 
     def unready_reason(self) -> str | None:
         """Which engine is being restarted, if any."""
@@ -80,9 +152,10 @@ class MetaReferenceInference(Inference):
         self, request: CompletionRequest
     ) -> CompletionResponse | AsyncIterator[CompletionResponseStreamChunk]:
         """Continue a text, which may end in the middle of a word."""
-        model = self._model(request.model)
+        served = self._named(request.model)
+        model = served.model
         prompts = await self._encoder.texts(model, [("/content", request.content)])
-        tickets = _submit(model, prompts, request)
+        tickets = _submit(served, prompts, request)
         if request.stream:
             return _Closing(_completion_chunks(tickets[0], Reply(model.tokenizer), request.logprobs), tickets)
         return await _whole_completion(tickets[0], Reply(model.tokenizer), request.logprobs)
@@ -91,9 +164,10 @@ class MetaReferenceInference(Inference):
         self, request: ChatCompletionRequest
     ) -> ChatCompletionResponse | AsyncIterator[ChatCompletionResponseStreamChunk]:
         """Answer a dialog; each call of a tool is one whole chunk, and the same streamed or not."""
-        model = self._model(request.model)
+        served = self._named(request.model)
+        model = served.model
         prompts = await self._encoder.dialogs(model, [("/dialog", request.dialog)], request.available_tools)
-        tickets = _submit(model, prompts, request)
+        tickets = _submit(served, prompts, request)
         reply = Reply(model.tokenizer, request.available_tools)
         if request.stream:
             return _Closing(_chat_chunks(tickets[0], reply), tickets)
@@ -101,9 +175,10 @@ class MetaReferenceInference(Inference):
 
     async def batch_completion(self, request: BatchCompletionRequest) -> AsyncIterator[CompletionResponse]:
         """Continue several texts at a time; one place in the queue for all of them."""
-        model = self._model(request.model)
+        served = self._named(request.model)
+        model = served.model
         pointed = [(f"/content_batch/{index}", content) for index, content in enumerate(request.content_batch)]
-        tickets = _submit(model, await self._encoder.texts(model, pointed), request)
+        tickets = _submit(served, await self._encoder.texts(model, pointed), request)
 
         async def lines() -> AsyncGenerator[CompletionResponse, None]:
             for ticket in tickets:
@@ -113,10 +188,11 @@ class MetaReferenceInference(Inference):
 
     async def batch_chat_completion(self, request: BatchChatCompletionRequest) -> AsyncIterator[ChatCompletionResponse]:
         """Answer several dialogs at a time; one place in the queue for all of them."""
-        model = self._model(request.model)
+        served = self._named(request.model)
+        model = served.model
         tools: Sequence[ToolDefinition] = request.available_tools
         pointed = [(f"/batch_dialogs/{index}", dialog) for index, dialog in enumerate(request.batch_dialogs)]
-        tickets = _submit(model, await self._encoder.dialogs(model, pointed, tools), request)
+        tickets = _submit(served, await self._encoder.dialogs(model, pointed, tools), request)
 
         async def lines() -> AsyncGenerator[ChatCompletionResponse, None]:
             for ticket in tickets:
@@ -124,18 +200,20 @@ class MetaReferenceInference(Inference):
 
         return _Closing(lines(), tickets)
 
-    def _model(self, name: str) -> LoadedModel:
-        if name not in self._names:
-            raise ModelNotFoundError(name, self._names)
-        return self._models[self._names[name]]
+    def _named(self, name: str) -> _Served:
+        served = self._served.get(self._aliases.get(name, name))
+        if served is None:
+            raise ModelNotFoundError(name, [*self._served, *self._aliases])
+        return served
 
 
 _Request = CompletionRequest | ChatCompletionRequest | BatchCompletionRequest | BatchChatCompletionRequest
 
 
-def _submit(model: LoadedModel, prompts: list[list[int]], request: _Request) -> list[Ticket]:
-    return model.engine.submit(
-        [Generation(prompt, request.sampling_params, request.max_tokens, request.logprobs) for prompt in prompts]
+def _submit(served: _Served, prompts: list[list[int]], request: _Request) -> list[Ticket]:
+    sampling, most, logprobs = request.sampling_params, request.max_tokens, request.logprobs
+    return served.model.engine.submit(
+        [Generation(prompt, sampling, most, logprobs, served.adapter) for prompt in prompts]
     )
 
 
@@ -225,23 +303,34 @@ async def _chat_chunks(ticket: Ticket, reply: Reply) -> AsyncGenerator[ChatCompl
     yield ChatCompletionResponseStreamChunk(text_delta="", stop_reason=ticket.stop_reason)
 
 
-def _described(name: str, model: LoadedModel) -> ServedModel:
-    facts, engine = model.facts, model.engine
+def _within(root: Path, name: str) -> Path:
+    """The folder of that name in ``root``, which no name and no link leads out of."""
+    folder = root / name
+    if folder.parent != root or not name.strip(".") or not folder.resolve().is_relative_to(root.resolve()):
+        raise InvalidRequestError(f"{name!r} is not the plain name of a folder of adapters", param="folder")
+    return folder
+
+
+def _described(name: str, served: _Served, alias_of: str | None = None) -> ServedModel:
+    facts, engine = served.model.facts, served.model.engine
+    metadata: dict[str, JsonValue] = {
+        "layout": facts.layout,
+        "dtype": facts.dtype,
+        "kernels": facts.kernels,
+        "parameters": facts.parameters,
+        "weight_bytes": facts.weight_bytes,
+        "cache_bytes": facts.cache_bytes,
+        "cache_tokens": facts.blocks * facts.block_tokens,
+        "trained_context_tokens": facts.trained_context,
+        "restarts": engine.restarts,
+    }
+    if served.adapter:
+        metadata["adapter_of"] = served.model.name
     return ServedModel(
         model=name,
         kind=ModelKind.LLM,
-        alias_of=None if name == model.name else model.name,
+        alias_of=alias_of,
         device=facts.device,
         context_tokens=engine.context,
-        metadata={
-            "layout": facts.layout,
-            "dtype": facts.dtype,
-            "kernels": facts.kernels,
-            "parameters": facts.parameters,
-            "weight_bytes": facts.weight_bytes,
-            "cache_bytes": facts.cache_bytes,
-            "cache_tokens": facts.blocks * facts.block_tokens,
-            "trained_context_tokens": facts.trained_context,
-            "restarts": engine.restarts,
-        },
+        metadata=metadata,
     )

@@ -17,7 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..llama.config import LlamaConfig
+from ..llama.lora import LoraAdapter
 from ..llama.model import Attention, Llama
+from ..llama.parallel import Rank
+from .adapters import Adapters
 from .batch import Batch
 from .kv_cache import BLOCK_TOKENS, cache_bytes
 
@@ -31,6 +34,11 @@ class Runner(Protocol):
         ...
 
     @property
+    def config(self) -> LlamaConfig:
+        """The sizes of the whole network."""
+        ...
+
+    @property
     def device(self) -> torch.device:
         """Where the logits are."""
         ...
@@ -41,6 +49,14 @@ class Runner(Protocol):
         V may be more than the tokenizer knows. R may be 0. The tensor is good until the next call. After an exception
         the cache holds anything: call ``reset``.
         """
+        ...
+
+    def add_adapter(self, number: int, adapter: LoraAdapter) -> None:
+        """Hold an adapter, which ``batch.adapters`` calls by this number."""
+        ...
+
+    def remove_adapter(self, number: int) -> None:
+        """Let go of it; nothing happens if it is not there."""
         ...
 
     def reset(self) -> None:
@@ -92,14 +108,17 @@ class TorchStorage:
 class TorchRunner:
     """Runs the plain network on any device that torch has."""
 
-    def __init__(self, model: Llama, *, blocks: int, block_tokens: int = BLOCK_TOKENS) -> None:
+    def __init__(
+        self, model: Llama, *, blocks: int, block_tokens: int = BLOCK_TOKENS, rank: Rank | None = None
+    ) -> None:
         weight = model.tok_embeddings.weight
         attention = model.layers[0].attention
         assert isinstance(attention, Attention)
         self.block_tokens = block_tokens
         self.device = weight.device
         self._model: Llama | None = model
-        config = model.config
+        self._adapters: Adapters | None = Adapters(model, rank)
+        config = self.config = model.config
         # One block more than asked for: it stays zero, and whatever is read beyond the end of a sequence is read there.
         shape = (config.n_layers, blocks + 1, block_tokens, attention.n_kv_heads, config.head_dim)
         # Not inference tensors even when made under inference_mode: those could not be written to outside of it.
@@ -113,11 +132,23 @@ class TorchRunner:
         assert self._model is not None
         assert self._keys is not None
         assert self._values is not None
+        assert self._adapters is not None
+        self._adapters.select(batch)
         view = PagedView(self._keys, self._values, batch)
         hidden_ND = self._model.hidden(torch.tensor(batch.tokens).to(self.device), view)
         if len(batch.sampled) != len(batch.tokens):
             hidden_ND = hidden_ND[torch.tensor(batch.sampled, dtype=torch.int64).to(self.device)]
         return self._model.logits(hidden_ND)
+
+    def add_adapter(self, number: int, adapter: LoraAdapter) -> None:
+        """See ``Runner``."""
+        assert self._adapters is not None
+        self._adapters.add(number, adapter)
+
+    def remove_adapter(self, number: int) -> None:
+        """See ``Runner``."""
+        assert self._adapters is not None
+        self._adapters.remove(number)
 
     def reset(self) -> None:
         """Zero the cache, in place: there may be no memory for a second one."""
@@ -128,7 +159,7 @@ class TorchRunner:
 
     def close(self) -> None:
         """Free weights and cache."""
-        self._model = self._keys = self._values = None
+        self._model = self._adapters = self._keys = self._values = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -56,8 +56,8 @@ class Sequence:
     wants_logprobs: bool = False
     drafter: Drafter | None = None
     """Guesses its next tokens; for greedy samplers only."""
-    adapter: str = ""
-    """What it runs through besides the base model; cached blocks are shared with the same one only."""
+    adapter: int = 0
+    """What it runs through besides the base model, 0 for nothing; cached blocks are shared with the same one only."""
     table: list[int] = field(default_factory=list)
     """Its cache blocks while it runs."""
     read: int = 0
@@ -120,6 +120,7 @@ class Step:
         batch.starts.append(part.sequence.read)
         batch.counts.append(part.count)
         batch.tables.append(part.sequence.table)
+        batch.adapters.append(part.sequence.adapter)
         batch.sampled += range(len(batch.tokens) - part.sampled, len(batch.tokens))
         self.parts.append(part)
 

@@ -68,6 +68,11 @@ class Worker:
             self._executor = self._opened.load(frame.json()["vocabulary"])
         elif frame.kind is Kind.RESET and self._executor is not None:
             self._executor.reset()
+        elif frame.kind is Kind.ADD_ADAPTER and self._executor is not None:
+            asked = frame.json()
+            self._executor.add_adapter(asked["adapter"], asked["folder"])
+        elif frame.kind is Kind.REMOVE_ADAPTER and self._executor is not None:
+            self._executor.remove_adapter(frame.json()["adapter"])
         else:
             raise FrameError(f"{frame.kind.name} out of turn")
         return Kind.DONE, b""

@@ -45,6 +45,8 @@ _ANSWERS = {
     Kind.LOAD: (Kind.DONE, Kind.DONE),
     Kind.STEP: (Kind.PICKED, Kind.DONE),
     Kind.RESET: (Kind.DONE, Kind.DONE),
+    Kind.ADD_ADAPTER: (Kind.DONE, Kind.DONE),
+    Kind.REMOVE_ADAPTER: (Kind.DONE, Kind.DONE),
 }
 """What the first rank answers, and what the others do."""
 
@@ -87,6 +89,8 @@ class Workers:
         self._ranks = config.tensor_parallel
         self._facts: ModelFacts | None = None
         self._vocabulary = 0
+        self._adapters: dict[int, str] = {}
+        self._lost_adapters: set[int] = set()
         self._workers: list[_Worker] = []
         self._poll = select.poll()
         self._rendezvous: tempfile.TemporaryDirectory[str] | None = None
@@ -128,12 +132,32 @@ class Workers:
     def execute(self, batch: Batch, choices: Sequence[Choice]) -> list[SampledToken | None]:
         """See ``Executor``. A worker that does not answer within ``step_timeout_seconds`` is lost."""
         with self._in_use:
-            body = pack_step(batch, choices)
-            answer = self._ask(Kind.STEP, body, self._config.step_timeout_seconds)
+            lost = self._lost_adapters.intersection(batch.adapters)
+            answer = self._ask(Kind.STEP, pack_step(_without(batch, lost), choices), self._config.step_timeout_seconds)
             try:
-                return unpack_picked(answer.body, len(choices), self._vocabulary)
+                picked = unpack_picked(answer.body, len(choices), self._vocabulary)
             except FrameError as error:
                 raise self._lost(self._workers[0], f"sent a broken frame: {error}") from error
+            return _hidden(picked, batch, lost) if lost else picked
+
+    def add_adapter(self, adapter: int, folder: str) -> None:
+        """See ``Executor``. Raises ``SetupError`` too, when something else than the folder stands in the way."""
+        with self._in_use:
+            self._add_adapter(adapter, folder)
+            self._adapters[adapter] = folder
+
+    def remove_adapter(self, adapter: int) -> None:
+        """See ``Executor``."""
+        with self._in_use:
+            self._adapters.pop(adapter, None)
+            self._lost_adapters.discard(adapter)
+            self._ask(Kind.REMOVE_ADAPTER, _json({"adapter": adapter}))
+
+    def _add_adapter(self, adapter: int, folder: str) -> None:
+        try:
+            self._ask(Kind.ADD_ADAPTER, _json({"adapter": adapter, "folder": folder}))
+        except StepFailedError as error:
+            raise SetupError(str(error)) from error
 
     def check(self) -> None:
         """See ``Executor``."""
@@ -157,6 +181,13 @@ class Workers:
             cache_tokens = self.facts.blocks * self.facts.block_tokens
             self._start(context_tokens=self.facts.context, cache_tokens=cache_tokens)
             self._ask(Kind.LOAD, _json({"vocabulary": self._vocabulary}))
+            for adapter, folder in self._adapters.items():
+                try:
+                    self._add_adapter(adapter, folder)
+                    self._lost_adapters.discard(adapter)
+                except StackError as error:  # the others are not to suffer for it
+                    logger.error("an adapter of model %r is lost: %s", self._name, error)
+                    self._lost_adapters.add(adapter)
             self.restarts += 1
 
     def interrupt(self) -> None:
@@ -242,6 +273,7 @@ class Workers:
             except TimeoutError as error:
                 raise self._lost(worker, f"took no work within {timeout_seconds:g} s") from error
         answers: dict[int, Frame] = {}
+        failed: list[tuple[_Worker, Frame]] = []
         while len(answers) < len(self._workers):
             left = None if deadline is None else max(0.0, deadline - monotonic())
             arrived = self._arrived(left)
@@ -249,11 +281,15 @@ class Workers:
                 silent = next(worker for worker in self._workers if worker.rank not in answers)
                 raise self._lost(silent, f"did not answer within {timeout_seconds:g} s")
             for worker, frame in arrived:
-                if frame.kind is Kind.FAILED:
+                if frame.kind is Kind.FAILED and kind is not Kind.ADD_ADAPTER:
                     raise self._failed(worker, frame, kind)
-                if frame.kind is not _ANSWERS[kind][worker.rank > 0] or worker.rank in answers:
+                if frame.kind is Kind.FAILED:
+                    failed.append((worker, frame))
+                elif frame.kind is not _ANSWERS[kind][worker.rank > 0] or worker.rank in answers:
                     raise self._lost(worker, f"answered {kind.name} with {frame.kind.name}")
                 answers[worker.rank] = frame
+        if failed:  # with an adapter no rank waits for another, so all of them have answered and go on
+            raise self._failed(*failed[0], kind)
         return [answers[worker.rank] for worker in self._workers]
 
     def _arrived(self, timeout_seconds: float | None) -> list[tuple[_Worker, Frame]]:
@@ -280,11 +316,13 @@ class Workers:
             code, detail = frame.json()["code"], str(frame.json()["detail"])
         except (FrameError, KeyError) as error:
             return self._lost(worker, f"sent a broken frame: {error}")
-        if code is None and asked in (Kind.STEP, Kind.RESET) and self._ranks == 1:
+        is_harmless = asked is Kind.ADD_ADAPTER
+        if code is None and (is_harmless or (asked in (Kind.STEP, Kind.RESET) and self._ranks == 1)):
             return StepFailedError(f"{self._called(worker)} failed: {detail}")
         if code is None:  # the other ranks may wait for this one for ever
             return self._lost(worker, f"failed: {detail}")
-        self._end()
+        if not is_harmless:
+            self._end()
         return StackError.revive(str(code), detail)
 
     def _lost(self, worker: _Worker, what: str) -> ExecutorLostError:
@@ -319,6 +357,19 @@ class Workers:
             yield
         except ExecutorLostError as error:
             raise SetupError(f"model {self._name!r} could not be loaded: {error}") from error
+
+
+def _without(batch: Batch, adapters: set[int]) -> Batch:
+    if not adapters:
+        return batch
+    return replace(batch, adapters=[0 if adapter in adapters else adapter for adapter in batch.adapters])
+
+
+def _hidden(picked: list[SampledToken | None], batch: Batch, adapters: set[int]) -> list[SampledToken | None]:
+    """The picked tokens without those of sequences that should have run through one of ``adapters``."""
+    of_row = [adapter for adapter, count in zip(batch.adapters, batch.counts, strict=True) for _ in range(count)]
+    rows = zip(batch.sampled, picked, strict=True)
+    return [None if of_row[row] in adapters else token for row, token in rows]
 
 
 def _facts(frame: Frame) -> ModelFacts:

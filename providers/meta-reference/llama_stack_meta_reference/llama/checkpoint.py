@@ -169,14 +169,14 @@ def _open(folder: Path) -> Checkpoint:
 
 
 def _open_hugging_face(folder: Path, remarks: Sequence[str]) -> Checkpoint:
-    raw_config = _read_json(_inside(folder, "config.json"))
+    raw_config = read_json(inside(folder, "config.json"))
     config = LlamaConfig.from_hugging_face(raw_config)
     files = _hugging_face_files(folder)
     weights = _open_weights("hugging_face", files)
     _check_weights(folder, weights, config)
     generation: Mapping[str, Any] = {}
     if (folder / "generation_config.json").exists():
-        generation = _read_json(_inside(folder, "generation_config.json"))
+        generation = read_json(inside(folder, "generation_config.json"))
     return Checkpoint(
         folder=folder,
         layout="hugging_face",
@@ -191,9 +191,9 @@ def _open_hugging_face(folder: Path, remarks: Sequence[str]) -> Checkpoint:
 
 def _hugging_face_files(folder: Path) -> tuple[Path, ...]:
     if not (folder / _HUGGING_FACE_INDEX).exists():
-        return (_inside(folder, _HUGGING_FACE_WHOLE),)
-    index_file = _inside(folder, _HUGGING_FACE_INDEX)
-    weight_map = _read_json(index_file).get("weight_map")
+        return (inside(folder, _HUGGING_FACE_WHOLE),)
+    index_file = inside(folder, _HUGGING_FACE_INDEX)
+    weight_map = read_json(index_file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index_file}: weight_map must map tensor names to file names")
     names = set(weight_map.values()) if all(isinstance(name, str) for name in weight_map.values()) else {""}
@@ -202,11 +202,11 @@ def _hugging_face_files(folder: Path) -> tuple[Path, ...]:
             raise CheckpointError(
                 f"{index_file}: {name[:80]!r} is not the plain name of a .safetensors file in this folder"
             )
-    return tuple(_inside(folder, name) for name in sorted(names))
+    return tuple(inside(folder, name) for name in sorted(names))
 
 
 def _open_meta(home: Path, homes: Sequence[Path]) -> Checkpoint:
-    params = _read_json(_inside(home, "params.json"))
+    params = read_json(inside(home, "params.json"))
     files = _meta_files(home)
     weights = _open_weights("meta", files)
     config = LlamaConfig.from_meta(params, tied_embeddings="output.weight" not in weights.names)
@@ -244,7 +244,7 @@ def _meta_files(home: Path) -> tuple[Path, ...]:
         raise CheckpointError(f"{home}: shards are missing: {_some(missing)}; found: {_some(names)}")
     if ranks and len(names) != len(ranks):
         raise CheckpointError(f"{home}: which shards belong together cannot be told; found: {_some(names)}")
-    return tuple(_inside(home, name) for name in names)
+    return tuple(inside(home, name) for name in names)
 
 
 def _open_weights(layout: Literal["meta", "hugging_face"], files: Sequence[Path]) -> _Weights:
@@ -278,7 +278,7 @@ def _parameters(config: LlamaConfig) -> list[tuple[str, Tensor]]:
     return list(Llama(config, device="meta", dtype=torch.float32).named_parameters())
 
 
-def _inside(folder: Path, name: str) -> Path:
+def inside(folder: Path, name: str) -> Path:
     """Return the path of a regular file in the folder, also through a link, as long as it stays in there.
 
     Hugging Face's cache is the one exception: its ``snapshots/REVISION/`` links to the ``blobs/`` beside it.
@@ -298,7 +298,8 @@ def _inside(folder: Path, name: str) -> Path:
     return path
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file of bounded size. Raises CheckpointError."""
     size = path.stat().st_size
     if size > _LARGEST_JSON_BYTES:
         raise CheckpointError(f"{path}: {size} bytes; at most {_LARGEST_JSON_BYTES} are read")
@@ -323,7 +324,7 @@ def _tokenizer_file(homes: Sequence[Path]) -> Path | None:
     for home in homes:
         for name in ("tokenizer.json", "tokenizer.model"):
             if (home / name).exists():
-                return _inside(home, name)
+                return inside(home, name)
     return None
 
 

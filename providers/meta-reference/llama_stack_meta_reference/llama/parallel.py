@@ -21,12 +21,13 @@ from pathlib import Path
 import torch
 from fairscale.nn.model_parallel import initialize_model_parallel
 from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from fairscale.nn.model_parallel.mappings import reduce_from_model_parallel_region
 from torch import Tensor, distributed, nn
 
 from .config import LlamaConfig
 from .model import Attention, Block, FeedForward, Llama
 
-_SPLIT_BY_COLUMNS_OF_INPUT = ("wo.weight", "w2.weight")
+_SPLIT_BY_INPUTS = ("wo", "w2")
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,18 @@ class Rank:
         """The view of a whole weight that this rank has; all of it for a norm."""
         if "norm" in name:
             return weight_W
-        return weight_W.chunk(self.count, 1 if name.endswith(_SPLIT_BY_COLUMNS_OF_INPUT) else 0)[self.number]
+        return weight_W.chunk(self.count, int(is_split_by_inputs(name.removesuffix(".weight"))))[self.number]
+
+
+def is_split_by_inputs(matrix: str) -> bool:
+    """Whether the ranks share a matrix by its inputs, so that their products are added up; else by its outputs."""
+    return matrix.endswith(_SPLIT_BY_INPUTS)
+
+
+def sum_over_ranks(part: Tensor) -> Tensor:
+    """The sum of what all ranks have here."""
+    total: Tensor = reduce_from_model_parallel_region(part)
+    return total
 
 
 def possible_ranks(config: LlamaConfig, most: int) -> list[int]:

@@ -80,7 +80,7 @@ class SafetensorsWeights:
             for stored_name, entry in read_header(path).items():
                 if _IGNORED.fullmatch(stored_name):
                     continue
-                name = _model_name(stored_name)
+                name = model_name(stored_name)
                 if name in self._files:
                     raise CheckpointError(f"{path}: {stored_name} stands in {self._files[name].name} too")
                 if not entry.dtype.is_floating_point:
@@ -155,7 +155,8 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     return entries
 
 
-def _model_name(stored_name: str) -> str:
+def model_name(stored_name: str) -> str:
+    """The opposite of ``hugging_face_name``; a name that is none of its results stays as it is."""
     name = ".".join(_NAMES_BACK.get(part, part) for part in stored_name.removeprefix("model.").split("."))
     return name if hugging_face_name(name) == stored_name else stored_name
 

@@ -374,6 +374,19 @@ struct Layer {
     Matrix qkv, output, gate_up, down;  // wq, wk, wv stacked; wo; w1, w3 stacked, each padded to whole panels; w2
 };
 
+// What an adapter adds to a product (Hu et al. 2021): up^T (down^T x), down [inputs][rank], up [rank][outputs]. Null where
+// it leaves the matrix alone.
+struct LowRank {
+    const float *down, *up;
+};
+
+enum Target { QUERY, KEY, VALUE, OUTPUT, GATE, UP, DOWN, TARGETS };
+
+struct Adapter {
+    int rank;              // padded to a multiple of 16
+    const LowRank* pairs;  // [layers][TARGETS]
+};
+
 struct Network {
     int layers, dim, query_heads, key_heads, head_width, ffn_dim, kind;
     float epsilon;
@@ -385,6 +398,8 @@ struct Network {
     int64_t layer_bytes;         // of keys, and of values, in one layer
     int blocks, has_half_cache;
     float *x, *wide, *attended, *floats, *scales;  // scratch for rows_at_once rows
+    float* low;                                    // [rows][3][low_rank], for adapters
+    int low_rank;
     int8_t* bytes;
     int32_t* starts;
     int threads;
@@ -395,7 +410,9 @@ struct Work {
     const float* embedded;  // [rows][dim]
     const int32_t *start, *count, *tables, *sampled_rows;  // of sequences; tables: [sequences][table_width]
     const int32_t *position, *slot;                        // of rows; a slot is block * BLOCK + place in the block
-    float* logits;          // [sampled][padded outputs of the head]
+    const Adapter* adapters;
+    const int32_t* adapter;  // of rows: which of the adapters, or -1; null where no row has one
+    float* logits;           // [sampled][padded outputs of the head]
 };
 
 int64_t packed_bytes(int kind, int outputs, int inputs) {
@@ -495,6 +512,31 @@ void step(const Network* net, const Work* work) {
         for (int j = 0; j < dim; ++j) line[j] = x[j] * inverse * weight[j];
     };
 
+    // An adapter's pair is applied in two halves, on either side of the product that it adds to: both where the row is
+    // in one piece and in the hands of one thread.
+    auto pair_of = [&](int n, int l, Target target) {
+        const int adapter = work->adapter ? work->adapter[n] : -1;
+        return adapter < 0 ? LowRank{nullptr, nullptr} : work->adapters[adapter].pairs[l * TARGETS + target];
+    };
+    auto low_of = [&](int n, int place) { return net->low + (size_t(n) * 3 + place) * net->low_rank; };
+    auto shrink = [&](int n, int l, Target target, int place, const float* values, int inputs) {
+        const LowRank pair = pair_of(n, l, target);
+        if (!pair.down) return;
+        const int rank = work->adapters[work->adapter[n]].rank;
+        for (int r = 0; r < rank; r += 16) {
+            Floats total = zero();
+            for (int i = 0; i < inputs; ++i) total = fma(splat(values[i]), load(pair.down + size_t(i) * rank + r), total);
+            store(low_of(n, place) + r, total);
+        }
+    };
+    auto grow = [&](int n, int l, Target target, int place, float* values, int outputs) {
+        const LowRank pair = pair_of(n, l, target);
+        if (!pair.up) return;
+        const float* low = low_of(n, place);
+        for (int r = 0, rank = work->adapters[work->adapter[n]].rank; r < rank; ++r)
+            for (int i = 0; i < outputs; ++i) values[i] += low[r] * pair.up[size_t(r) * outputs + i];
+    };
+
     // Each task is one key/value head of one sequence and a few of its query rows.
     std::vector<int> first_row(work->sequences + 1), first_task(work->sequences + 1);
     for (int q = 0; q < work->sequences; ++q) {
@@ -519,7 +561,9 @@ void step(const Network* net, const Work* work) {
                               net->blocks, width, lanes, net->has_half_cache != 0};
             const Packed a = packed(rows, dim), b = packed(rows, attended_width), c = packed(rows, net->ffn_dim);
             team.share(rows, own, [&](int n) {
+                if (l) grow(n, l - 1, DOWN, 0, net->x + n * x_stride, dim);
                 normalised(net->x + n * x_stride, layer.attention_norm, line);
+                for (const Target target : {QUERY, KEY, VALUE}) shrink(n, l, target, target, line, dim);
                 pack_row(a, n, line, dim);
             });
             product(a, layer.qkv, net->wide, wide_stride, false, own, team.threads);
@@ -528,6 +572,9 @@ void step(const Network* net, const Work* work) {
                 const float* cosine = net->cosine + size_t(work->position[n]) * half;
                 const float* sine = net->sine + size_t(work->position[n]) * half;
                 float* row = net->wide + n * wide_stride;
+                grow(n, l, QUERY, QUERY, row, H * width);
+                grow(n, l, KEY, KEY, row + H * width, G * width);
+                grow(n, l, VALUE, VALUE, row + (H + G) * width, G * width);
                 for (int h = 0; h < H + G; ++h) {
                     float* x = row + h * width;
                     const float size = h < H ? scale : 1.0f;
@@ -567,23 +614,30 @@ void step(const Network* net, const Work* work) {
             team.share(rows, own, [&](int n) {
                 for (int h = 0; h < H; ++h)
                     std::copy_n(net->attended + (size_t(n) * H + h) * lanes, width, line + h * width);
+                shrink(n, l, OUTPUT, 0, line, attended_width);
                 pack_row(b, n, line, attended_width);
             });
             product(b, layer.output, net->x, x_stride, true, own, team.threads);
             team.meet();
             team.share(rows, own, [&](int n) {
+                grow(n, l, OUTPUT, 0, net->x + n * x_stride, dim);
                 normalised(net->x + n * x_stride, layer.ffn_norm, line);
+                shrink(n, l, GATE, 0, line, dim);
+                shrink(n, l, UP, 1, line, dim);
                 pack_row(a, n, line, dim);
             });
             product(a, layer.gate_up, net->wide, wide_stride, false, own, team.threads);
             team.meet();
             team.share(rows, own, [&](int n) {
-                const float *gate = net->wide + n * wide_stride, *up = gate + ffn;
+                float *gate = net->wide + n * wide_stride, *up = gate + ffn;
+                grow(n, l, GATE, 0, gate, net->ffn_dim);
+                grow(n, l, UP, 1, up, net->ffn_dim);
                 for (int i = 0; i < ffn; i += 16) {  // silu(gate) * up
                     const Floats x = load(gate + i);
                     const Floats away = exponential(multiply(x, splat(-1.0f)));
                     store(line + i, multiply(divide(x, add(away, splat(1.0f))), load(up + i)));
                 }
+                shrink(n, l, DOWN, 0, line, net->ffn_dim);
                 pack_row(c, n, line, net->ffn_dim);
             });
             product(c, layer.down, net->x, x_stride, true, own, team.threads);
@@ -592,7 +646,9 @@ void step(const Network* net, const Work* work) {
         if (work->sampled) {
             const Packed a = packed(work->sampled, dim);
             team.share(work->sampled, own, [&](int r) {
-                normalised(net->x + work->sampled_rows[r] * x_stride, net->norm, line);
+                const int n = work->sampled_rows[r];
+                grow(n, net->layers - 1, DOWN, 0, net->x + n * x_stride, dim);
+                normalised(net->x + n * x_stride, net->norm, line);
                 pack_row(a, r, line, dim);
             });
             product(a, net->head, work->logits, size_t(net->head.outputs + PANEL - 1) / PANEL * PANEL, false, own,

@@ -53,6 +53,18 @@ class CLayer(Structure):
     )
 
 
+class CLowRank(Structure):
+    """``LowRank`` of kernels.cpp."""
+
+    _fields_ = (("down", c_void_p), ("up", c_void_p))
+
+
+class CAdapter(Structure):
+    """``Adapter`` of kernels.cpp."""
+
+    _fields_ = (("rank", c_int), ("pairs", POINTER(CLowRank)))
+
+
 class CNetwork(Structure):
     """``Network`` of kernels.cpp."""
 
@@ -65,7 +77,9 @@ class CNetwork(Structure):
         *((name, c_void_p) for name in ("cosine", "sine", "keys", "values")),
         ("layer_bytes", c_int64),
         *((name, c_int) for name in ("blocks", "has_half_cache")),
-        *((name, c_void_p) for name in ("x", "wide", "attended", "floats", "scales", "bytes", "starts")),
+        *((name, c_void_p) for name in ("x", "wide", "attended", "floats", "scales", "low")),
+        ("low_rank", c_int),
+        *((name, c_void_p) for name in ("bytes", "starts")),
         ("threads", c_int),
     )
 
@@ -77,6 +91,8 @@ class CWork(Structure):
         *((name, c_int) for name in ("rows", "sequences", "sampled", "table_width")),
         ("embedded", c_void_p),
         *((name, c_void_p) for name in ("start", "count", "tables", "sampled_rows", "position", "slot")),
+        ("adapters", POINTER(CAdapter)),
+        ("adapter", c_void_p),
         ("logits", c_void_p),
     )
 

@@ -12,7 +12,7 @@ from llama_stack_meta_reference.inference.kv_cache import BlockPool, blocks_for,
 from tests.providers.meta_reference.small_llama import SMALL
 
 
-def filled(pool: BlockPool, tokens: list[int], adapter: str = "") -> list[int]:
+def filled(pool: BlockPool, tokens: list[int], adapter: int = 0) -> list[int]:
     """A table for ``tokens``, reused as far as it can be, with every full block indexed."""
     table = pool.match(tokens, adapter)
     known = len(table)
@@ -38,11 +38,11 @@ def test_an_adapter_shares_with_nobody() -> None:
     """Its keys and values of the same text differ, and an answer from the wrong ones would look plausible."""
     pool = BlockPool(8, block_tokens=4)
     tokens = [1, 2, 3, 4, 5]
-    base, tuned = filled(pool, tokens), filled(pool, tokens, adapter="tuned")
+    base, tuned = filled(pool, tokens), filled(pool, tokens, adapter=1)
     assert base[0] != tuned[0]
     assert pool.match(tokens) == base[:1]
-    assert pool.match(tokens, "tuned") == tuned[:1]
-    assert pool.match(tokens, "other") == []
+    assert pool.match(tokens, 1) == tuned[:1]
+    assert pool.match(tokens, 2) == []
 
 
 def test_texts_of_one_hash_are_told_apart() -> None:
@@ -124,13 +124,13 @@ def test_the_books_balance_whatever_happens(seed: int) -> None:
     draw = random.Random(seed)
     size = draw.choice((1, 2, 4))
     pool = BlockPool(draw.randint(4, 20), size)
-    holds: dict[int, tuple[str, tuple[int, ...]]] = {}  # by block: whose, and its whole text from the beginning
-    alive: list[tuple[list[int], list[int], str]] = []
+    holds: dict[int, tuple[int, tuple[int, ...]]] = {}  # by block: whose, and its whole text from the beginning
+    alive: list[tuple[list[int], list[int], int]] = []
     hits = 0
     for _ in range(400):
         event = draw.random()
         if event < 0.5:
-            tokens, adapter = [draw.randrange(2) for _ in range(draw.randint(1, 5 * size))], draw.choice(("", "a"))
+            tokens, adapter = [draw.randrange(2) for _ in range(draw.randint(1, 5 * size))], draw.randrange(2)
             table = pool.match(tokens, adapter)
             hits += len(table)
             assert len(table) * size < len(tokens)

@@ -98,7 +98,7 @@ async def serving(
     encoder = encoder or PromptEncoder()
     engine.start()
     try:
-        yield MetaReferenceInference({"m": loaded}, {"llama3_8b": "m"}, encoder), engine
+        yield MetaReferenceInference({"m": loaded}, encoder, {"llama3_8b": "m"}, None), engine
     finally:
         await engine.stop()
         await encoder.close()

@@ -1,0 +1,271 @@
+"""Adapters served on one base: each sequence has its own, all in one step, and they come and go while others answer."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from llama_stack_meta_reference.config import MetaReferenceConfig
+from llama_stack_meta_reference.inference.batch import Batch
+from llama_stack_meta_reference.inference.engine import Engine
+from llama_stack_meta_reference.inference.native_runner import NativeRunner
+from llama_stack_meta_reference.inference.provider import MetaReferenceInference, serve
+from llama_stack_meta_reference.inference.runner import Runner, TorchRunner
+from llama_stack_meta_reference.inference.sampler import Choice
+from llama_stack_meta_reference.inference.workers import Workers
+from llama_stack_meta_reference.llama.checkpoint import load_model, open_checkpoint
+from llama_stack_meta_reference.llama.lora import load_adapter
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from llama_stack.apis.common import SamplingParams
+from llama_stack.apis.inference import (
+    AddAdapterRequest,
+    CompletionRequest,
+    CompletionResponse,
+    RemoveAdapterRequest,
+)
+from llama_stack.errors import (
+    AlreadyExistsError,
+    CheckpointError,
+    EngineRestartedError,
+    ForbiddenError,
+    InvalidRequestError,
+    ModelNotFoundError,
+)
+from tests.providers.meta_reference import checkpoints, small_tokenizer
+from tests.providers.meta_reference.adapters import tuned
+from tests.providers.meta_reference.kernels import NEEDS_KERNELS
+
+pytestmark = pytest.mark.anyio
+
+VOCABULARY = 856
+PROMPTS = [[5, 9, 700, 3, 11], [5, 9, 700, 3], [8, 8], [5, 9, 700, 3, 11, 2]]
+ADAPTERS = [1, 0, 2, 1]
+
+
+def reference() -> LlamaForCausalLM:
+    return checkpoints.random_reference(vocabulary=VOCABULARY, kv_heads=4)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``base`` with a tokenizer, and two adapters: one on every matrix, one on a few."""
+    root = tmp_path_factory.mktemp("adapted")
+    checkpoints.write_hugging_face(reference(), root / "base")
+    small_tokenizer.write_hugging_face(root / "base")
+    tuned(reference(), root / "every", seed=1, r=5, lora_alpha=20)
+    tuned(reference(), root / "few", seed=2, r=20, target_modules=["v_proj", "down_proj"], use_rslora=True)
+    return root
+
+
+@pytest.fixture(scope="module")
+def expected(folders: Path) -> list[Tensor]:
+    """By peft: for each of PROMPTS the logits after it, through its own adapter."""
+    models: list[Any] = [
+        reference(),
+        tuned(reference(), folders / "every", seed=1, r=5, lora_alpha=20),
+        tuned(reference(), folders / "few", seed=2, r=20, target_modules=["v_proj", "down_proj"], use_rslora=True),
+    ]
+    with torch.no_grad():
+        return [
+            models[adapter](torch.tensor([prompt])).logits[0, -1]
+            for prompt, adapter in zip(PROMPTS, ADAPTERS, strict=True)
+        ]
+
+
+def runner_of(kind: str, folder: Path) -> Runner:
+    model = load_model(open_checkpoint(folder), device="cpu", dtype=torch.float32)
+    if kind == "plain":
+        return TorchRunner(model, blocks=8)
+    return NativeRunner(model, kind="float32", blocks=8, context=128)
+
+
+@pytest.mark.parametrize("kind", ["plain", pytest.param("compiled", marks=NEEDS_KERNELS)])
+def test_one_step_runs_each_sequence_through_its_own_adapter_as_peft_does(
+    folders: Path, expected: list[Tensor], kind: str
+) -> None:
+    """Prompts in one piece or token by token, side by side with the bare base; and the base is itself again after."""
+    runner = runner_of(kind, folders / "base")
+    for number, name in ((1, "every"), (2, "few")):
+        runner.add_adapter(number, load_adapter(folders / name, runner.config))
+    counts = [len(prompt) for prompt in PROMPTS]
+    last = [sum(counts[: place + 1]) - 1 for place in range(len(counts))]
+    batch = Batch([t for p in PROMPTS for t in p], [0] * 4, counts, [[0], [1], [2], [3]], last, ADAPTERS)
+    whole_RV = runner.run(batch).clone()
+    for found_V, expected_V in zip(whole_RV, expected, strict=True):
+        assert torch.allclose(found_V[:VOCABULARY], expected_V, atol=1e-4)
+    for place in range(max(counts)):
+        some = [row for row in range(4) if place < counts[row]]
+        found_RV = runner.run(
+            Batch(
+                [PROMPTS[row][place] for row in some],
+                [place] * len(some),
+                [1] * len(some),
+                [[4 + row] for row in some],
+                list(range(len(some))),
+                [ADAPTERS[row] for row in some],
+            )
+        )
+        for row, found_V in zip(some, found_RV, strict=True):
+            if place == counts[row] - 1:
+                assert torch.allclose(found_V[:VOCABULARY], expected[row], atol=1e-4)
+    base_V = runner.run(Batch(PROMPTS[0], [0], [5], [[0]], [4]))[0, :VOCABULARY].clone()
+    assert not torch.allclose(base_V, expected[0], atol=0.1)
+    runner.remove_adapter(1)
+    few_V = runner.run(Batch(PROMPTS[2], [0], [2], [[0]], [1], [2]))[0, :VOCABULARY]
+    assert torch.allclose(few_V, expected[2], atol=1e-4)
+    runner.close()
+
+
+def test_two_ranks_run_adapters_as_one_process_does(folders: Path, expected: list[Tensor]) -> None:
+    """Each has a part of every half, and those that are split by their inputs are added up."""
+    asked = {"checkpoint": str(folders / "base"), "device": "cpu", "tensor_parallel": 2, "max_sequences": 4}
+    config = MetaReferenceConfig.model_validate({"models": {"m": asked}}).models["m"]
+    choices = [Choice(wants_logprobs=True)]
+    with closing(Workers("m", config)) as workers:
+        workers.open()
+        workers.load(VOCABULARY)
+        with pytest.raises(CheckpointError, match="no such folder"):
+            workers.add_adapter(1, str(folders / "nowhere"))
+        for number, name in ((1, "every"), (2, "few")):
+            workers.add_adapter(number, str(folders / name))
+        for prompt, adapter, expected_V in zip(PROMPTS, ADAPTERS, expected, strict=True):
+            count = len(prompt)
+            (picked,) = workers.execute(Batch(prompt, [0], [count], [[0]], [count - 1], [adapter]), choices)
+            assert picked is not None
+            logprob_V = expected_V.log_softmax(-1)
+            assert picked.token == int(expected_V.argmax())
+            assert picked.logprob == pytest.approx(float(logprob_V.max()), abs=1e-4)
+
+
+@asynccontextmanager
+async def serving(
+    folders: Path, *, root: Path | None = None, **settings: Any
+) -> AsyncIterator[tuple[MetaReferenceInference, Engine]]:
+    model = {"checkpoint": str(folders / "base"), "device": "cpu", "max_sequences": 4} | settings
+    asked: dict[str, Any] = {"models": {"m": model}, "aliases": {"llama3_8b": "m"}}
+    if root is not None:
+        asked["adapters_folder"] = str(root)
+    async with serve(MetaReferenceConfig.model_validate(asked)) as provider:
+        yield provider, provider._models["m"].engine
+
+
+async def text(provider: MetaReferenceInference, model: str, most: int = 12) -> str:
+    request = CompletionRequest(model=model, content="The cat", max_tokens=most, sampling_params=SamplingParams())
+    answer = await provider.completion(request)
+    assert isinstance(answer, CompletionResponse)
+    assert isinstance(answer.content, str)
+    return answer.content
+
+
+async def test_adapters_that_the_distribution_names_are_models_from_the_start(folders: Path) -> None:
+    """Listed beside their base, with what they belong to."""
+    adapters = {"every": str(folders / "every"), "few": str(folders / "few")}
+    async with serving(folders, adapters=adapters, process="shared") as (provider, _):
+        answers = {name: await text(provider, name) for name in ("m", "every", "few", "llama3_8b")}
+        assert len(set(answers.values())) == 3
+        assert answers["llama3_8b"] == answers["m"]
+        assert {model.model: model.metadata.get("adapter_of") for model in await provider.models()} == {
+            "m": None, "every": "m", "few": "m", "llama3_8b": None,
+        }  # fmt: skip
+        together = await asyncio.gather(*(text(provider, name) for name in answers))
+        assert together == list(answers.values())
+
+
+async def test_an_adapter_comes_and_goes_while_others_are_answered(folders: Path) -> None:
+    """No restart: its name is served as soon as the call returns, and gone as soon as it is removed."""
+    async with serving(folders, root=folders) as (provider, engine):
+        base = await text(provider, "m", 100)
+        long = asyncio.create_task(text(provider, "m", 100))
+        asked = AddAdapterRequest(model="m", adapter="tuned", folder="every")
+        served = await provider.add_adapter(asked)
+        assert (served.model, served.metadata["adapter_of"]) == ("tuned", "m")
+        assert await provider.add_adapter(asked) == served
+        first = await text(provider, "tuned")
+        assert first != (await text(provider, "m"))
+        tail = asyncio.create_task(text(provider, "tuned", 100))
+        while engine.running + engine.waiting == 0:
+            await asyncio.sleep(0)
+        await provider.remove_adapter(RemoveAdapterRequest(model="tuned"))
+        with pytest.raises(ModelNotFoundError):
+            await text(provider, "tuned")
+        assert (await tail).startswith(first)
+        assert await long == base
+        with pytest.raises(ModelNotFoundError):
+            await provider.remove_adapter(RemoveAdapterRequest(model="tuned"))
+        await provider.add_adapter(AddAdapterRequest(model="m", adapter="tuned", folder="few"))
+        assert await text(provider, "tuned") != first  # nothing of the former one's cache
+        assert engine.free_blocks == engine.blocks
+
+
+@pytest.mark.parametrize(
+    ("request_", "kind"),
+    [
+        ({"model": "nobody", "adapter": "a", "folder": "every"}, ModelNotFoundError),
+        ({"model": "m", "adapter": "m", "folder": "every"}, AlreadyExistsError),
+        ({"model": "m", "adapter": "llama3_8b", "folder": "every"}, AlreadyExistsError),
+        ({"model": "m", "adapter": "a", "folder": "nowhere"}, InvalidRequestError),
+        ({"model": "m", "adapter": "a", "folder": "base"}, InvalidRequestError),
+        ({"model": "m", "adapter": "a", "folder": "../every"}, InvalidRequestError),
+        ({"model": "m", "adapter": "a", "folder": ".."}, InvalidRequestError),
+        ({"model": "m", "adapter": "a", "folder": "/etc"}, InvalidRequestError),
+        ({"model": "m", "adapter": "a", "folder": "link"}, InvalidRequestError),
+    ],
+)
+async def test_what_cannot_be_added_is_refused_and_changes_nothing(
+    folders: Path, tmp_path: Path, request_: dict[str, str], kind: type[Exception]
+) -> None:
+    """Neither a name that is taken nor a way out of the folder that the operator set aside; no path comes back."""
+    root = tmp_path / "root"
+    shutil.copytree(folders / "every", root / "every")
+    shutil.copytree(folders / "base", root / "base")
+    (root / "link").symlink_to(folders / "every")
+    async with serving(folders, root=root, process="shared") as (provider, engine):
+        before = await provider.models()
+        with pytest.raises(kind) as refused:
+            await provider.add_adapter(AddAdapterRequest(**request_))
+        assert str(tmp_path) not in str(refused.value)
+        assert await provider.models() == before
+        assert await text(provider, "m")
+        assert engine.trouble is None
+
+
+async def test_without_a_folder_set_aside_no_request_adds_any(folders: Path) -> None:
+    """Which files the server opens is the operator's choice."""
+    async with serving(folders, process="shared") as (provider, _):
+        with pytest.raises(ForbiddenError, match="adapters_folder"):
+            await provider.add_adapter(AddAdapterRequest(model="m", adapter="a", folder="every"))
+
+
+async def test_adapters_come_back_with_their_process_and_a_lost_one_fails_alone(
+    folders: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One whose folder has gone since answers 503, never with the base's words, until it is removed."""
+    shutil.copytree(folders / "every", tmp_path / "every")
+    adapters = {"kept": str(folders / "few"), "lost": str(tmp_path / "every")}
+    async with serving(folders, adapters=adapters) as (provider, engine):
+        workers = engine._executor
+        assert isinstance(workers, Workers)
+        answers = [await text(provider, name) for name in ("m", "kept", "lost")]
+        shutil.rmtree(tmp_path / "every")
+        os.kill(workers._workers[0].process.pid, signal.SIGKILL)
+        async with asyncio.timeout(60):
+            while engine.restarts == 0:
+                await asyncio.sleep(0.01)
+        assert [await text(provider, name) for name in ("m", "kept")] == answers[:2]
+        with pytest.raises(EngineRestartedError):
+            await text(provider, "lost")
+        assert "an adapter of model 'm' is lost" in caplog.text
+        await provider.remove_adapter(RemoveAdapterRequest(model="lost"))
+        with pytest.raises(ModelNotFoundError):
+            await text(provider, "lost")
+        assert await text(provider, "m") == answers[0]
