@@ -55,6 +55,10 @@ class NativeStorage:
         packed = config.parameter_count - (0 if config.tied_embeddings else table)
         return int(packed * _BITS[self.kind] / 8) + table * self.table_dtype.itemsize
 
+    def loading_bytes(self, config: LlamaConfig) -> int:
+        """See ``Storage``: the network is whole when its matrices are packed, and freed, one by one."""
+        return max(self.weight_bytes(config), config.parameter_count * self.table_dtype.itemsize)
+
     def cache_bytes_per_token(self, config: LlamaConfig) -> int:
         """See ``Storage``."""
         return (
