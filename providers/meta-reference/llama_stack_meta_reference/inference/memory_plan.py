@@ -26,6 +26,8 @@ class MemoryPlan:
 
     device: str
     weight_bytes: int
+    loading_bytes: int
+    """What the weights take at the most while they are loaded; more than they do later where they are rounded."""
     cache_bytes_per_token: int
     context: int
     """The most tokens of one sequence."""
@@ -53,12 +55,14 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether weights and cache are within what was free, and the cache holds a whole context."""
-        return self.total_bytes <= self.available_bytes and 0 < self.context <= self.cache_tokens
+        """Whether weights, then weights and cache, are within what was free, and the cache holds a whole context."""
+        most = max(self.loading_bytes, self.total_bytes)
+        return most <= self.available_bytes and 0 < self.context <= self.cache_tokens
 
     def __str__(self) -> str:
+        loading = f" ({_size(self.loading_bytes)} while loaded)" if self.loading_bytes > self.weight_bytes else ""
         return (
-            f"{self.device}: weights {_size(self.weight_bytes)} + cache {_size(self.cache_bytes)} "
+            f"{self.device}: weights {_size(self.weight_bytes)}{loading} + cache {_size(self.cache_bytes)} "
             f"({self.cache_tokens} tokens of {_size(self.cache_bytes_per_token)}) = "
             f"{_size(self.total_bytes)} of {_size(self.available_bytes)} free; "
             f"context {self.context} tokens, longest that fits: {self.longest_context}"
@@ -97,6 +101,7 @@ def memory_plan(
     return MemoryPlan(
         device=str(device),
         weight_bytes=weight_bytes,
+        loading_bytes=storage.loading_bytes(config),
         cache_bytes_per_token=bytes_per_token,
         context=context_tokens or min(wanted, blocks * BLOCK_TOKENS),
         blocks=blocks,

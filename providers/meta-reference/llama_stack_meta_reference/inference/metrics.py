@@ -79,7 +79,7 @@ class EngineMetrics:
 
 _COUNTERS = {
     "prompt_tokens": "Tokens of the prompts that were begun, reused ones included.",
-    "reused_tokens": "Tokens that were in the cache already when their sequence was admitted.",
+    "reused_tokens": "Tokens of these prompts that were in the cache already.",
     "generated_tokens": "Tokens generated.",
     "drafted_tokens": "Tokens guessed by look-up.",
     "accepted_tokens": "Guessed tokens that were what the network picked.",

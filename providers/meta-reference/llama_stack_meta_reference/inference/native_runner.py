@@ -69,6 +69,10 @@ class NativeStorage:
         packed = config.parameter_count - (0 if config.tied_embeddings else table)
         return int(packed * _BITS[self.kind] / 8) + table * self.table_dtype.itemsize
 
+    def loading_bytes(self, config: LlamaConfig) -> int:
+        """See ``Storage``: the network is whole when its matrices are packed, and freed, one by one."""
+        return max(self.weight_bytes(config), config.parameter_count * self.table_dtype.itemsize)
+
     def cache_bytes_per_token(self, config: LlamaConfig) -> int:
         """See ``Storage``."""
         return (
@@ -224,7 +228,6 @@ class NativeRunner:
         ffn = padded(config.ffn_dim, PANEL)
         wide = max(padded((config.n_heads + 2 * config.n_kv_heads) * config.head_dim, PANEL), 2 * ffn)
         inputs = padded(max(config.dim, config.n_heads * config.head_dim, ffn), INPUT_MULTIPLE)
-        self._rows = rows
         self._room = (
             torch.empty(rows, padded(config.dim, PANEL)),
             torch.empty(rows, wide),
@@ -237,6 +240,7 @@ class NativeRunner:
         self._scratch = Scratch(rows, inputs)
         network.floats, network.bytes = self._scratch.floats.data_ptr(), self._scratch.bytes.data_ptr()
         network.scales, network.starts = self._scratch.scales.data_ptr(), self._scratch.starts.data_ptr()
+        self._rows = rows  # last: where memory ran out above, the next step must ask again
 
     def _layer(self, block: Block, kind: str) -> CLayer:
         attention, feed_forward = block.attention, block.feed_forward

@@ -80,6 +80,10 @@ class Storage(Protocol):
         """How many bytes the weights take."""
         ...
 
+    def loading_bytes(self, config: LlamaConfig) -> int:
+        """How many bytes the weights take at the most while they are loaded, before there is a cache."""
+        ...
+
     def cache_bytes_per_token(self, config: LlamaConfig) -> int:
         """How many bytes the keys and values of one token take over all layers."""
         ...
@@ -99,6 +103,10 @@ class TorchStorage:
     def weight_bytes(self, config: LlamaConfig) -> int:
         """See ``Storage``."""
         return config.parameter_count * self.dtype.itemsize
+
+    def loading_bytes(self, config: LlamaConfig) -> int:
+        """See ``Storage``."""
+        return self.weight_bytes(config)
 
     def cache_bytes_per_token(self, config: LlamaConfig) -> int:
         """See ``Storage``."""

@@ -332,6 +332,7 @@ class Scheduler:
         sequence.table = table + pool.allocate(missing)
         sequence.indexed = len(table)
         sequence.read = sequence.reused = len(table) * pool.block_tokens
-        self.metrics.reused_tokens += sequence.reused
+        if not sequence.is_begun:  # whoever gave way finds what it had read itself
+            self.metrics.reused_tokens += sequence.reused
         running.append(sequence)
         return sequence

@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#ifdef __x86_64__  // elsewhere the #error below shall be the first
 #include <immintrin.h>
+#endif
 
 namespace {
 

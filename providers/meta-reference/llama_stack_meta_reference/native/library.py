@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import platform
+import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 from ctypes import POINTER, Structure, c_float, c_int, c_int64, c_void_p
@@ -20,6 +23,8 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+
+logger = logging.getLogger("llama_stack.meta_reference.native")
 
 SOURCE = Path(__file__).parent / "kernels.cpp"
 PANEL = 16
@@ -107,40 +112,85 @@ def library() -> ctypes.CDLL:
 
     Raises ``KernelsUnavailableError`` where that cannot be done. Called off the event loop.
     """
-    compiler = shutil.which(os.environ.get("CXX") or "g++")
-    if compiler is None:
-        raise KernelsUnavailableError("no C++ compiler is installed (g++)")
     try:
-        version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=30, check=True).stdout
+        compiler = _compiler()
+        version = _run([*compiler, "--version"], timeout=30)
         sources = [path.read_text() for path in (SOURCE, SOURCE.with_name("lanes.h"))]
-        made_of = (*sources, *_FLAGS, _PROCESSOR_FLAG, version, _processor(), torch.__version__)
+        made_of = (*sources, *compiler, *_FLAGS, _PROCESSOR_FLAG, version, _processor(), torch.__version__)
         name = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:32]
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        path = cache / "llama-stack" / "kernels" / f"{name}.so"
-        if not path.exists():
-            _compile(compiler, path)
+        path = _cache_folder() / f"{name}.so"
+        if path.exists():
+            _refuse_strangers(path)
+            try:
+                return _declared(ctypes.CDLL(str(path)))
+            except OSError:
+                logger.warning("%s cannot be loaded, so it is compiled again; a crash may have cut it short", path)
+        _compile(compiler, path)
         return _declared(ctypes.CDLL(str(path)))
     except subprocess.CalledProcessError as error:
-        first = (error.stderr or "").strip().splitlines() or ["no message"]
-        raise KernelsUnavailableError(f"{compiler} failed: {first[0]}") from error
+        raise KernelsUnavailableError(f"{error.cmd[0]} failed: {_reason(error.stderr)}") from error
     except (OSError, subprocess.TimeoutExpired) as error:
         raise KernelsUnavailableError(f"the kernels cannot be compiled or loaded: {error}") from error
 
 
-def _compile(compiler: str, path: Path) -> None:
+def _compiler() -> list[str]:
+    """The command of ``CXX``, which may have arguments (``ccache g++``), or g++."""
+    try:
+        command = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    except ValueError as error:
+        raise KernelsUnavailableError(f"CXX is no command: {error}") from error
+    program = shutil.which(command[0])
+    if program is None:
+        raise KernelsUnavailableError(f"no C++ compiler is installed ({command[0]})")
+    return [program, *command[1:]]
+
+
+def _cache_folder() -> Path:
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:
+        raise KernelsUnavailableError("there is no home folder to keep them in; set HOME or XDG_CACHE_HOME") from error
+    return cache / "llama-stack" / "kernels"
+
+
+def _refuse_strangers(path: Path) -> None:
+    """Refuse a library that another user put there or may change: whoever wrote it would run as us."""
+    for place in (path, path.parent):
+        status = place.stat()
+        if status.st_uid not in (0, os.geteuid()) or status.st_mode & stat.S_IWOTH:
+            raise KernelsUnavailableError(f"{place} can be written by other users; remove it, or set XDG_CACHE_HOME")
+
+
+def _compile(compiler: list[str], path: Path) -> None:
     """Compile aside and move into place: of two processes that start together, either's file is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     # torch brings an OpenMP of its own; a second one beside it would fight it for the cores.
     own = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         objects, made = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
-        run = {"capture_output": True, "text": True, "timeout": _COMPILE_SECONDS, "check": True}
-        subprocess.run([compiler, *_FLAGS, _PROCESSOR_FLAG, "-c", str(SOURCE), "-o", str(objects)], **run)  # type: ignore[call-overload]
+        _run([*compiler, *_FLAGS, _PROCESSOR_FLAG, "-c", str(SOURCE), "-o", str(objects)], timeout=_COMPILE_SECONDS)
         openmp = [str(own[0])] if own else ["-fopenmp"]
         # All symbols are looked up when the library is loaded: what is missing is an error then, not an abort later.
         openmp.append("-Wl,-z,now")
-        subprocess.run([compiler, "-shared", str(objects), "-o", str(made), *openmp], **run)  # type: ignore[call-overload]
+        _run([*compiler, "-shared", str(objects), "-o", str(made), *openmp], timeout=_COMPILE_SECONDS)
+        made.chmod(0o755)
+        with made.open("rb") as file:
+            os.fsync(file.fileno())  # a library cut short by a crash would take the next process down with SIGBUS
         made.replace(path)
+
+
+def _run(command: list[str], *, timeout: float) -> str:
+    """What a command prints, in English: ``_reason`` reads what a compiler says."""
+    environment = os.environ | {"LC_ALL": "C"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=True, env=environment)
+    return done.stdout
+
+
+def _reason(messages: str) -> str:
+    """The first error among a compiler's messages, which may begin with the way to the file that has it."""
+    lines = messages.strip().splitlines()
+    errors = (line for line in lines if "error: " in line and not line.startswith("collect2"))
+    return next(errors, lines[0] if lines else "no message")
 
 
 def _processor() -> str:

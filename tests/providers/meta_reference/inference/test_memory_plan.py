@@ -6,6 +6,7 @@ import pytest
 import torch
 from llama_stack_meta_reference.inference import memory_plan as module
 from llama_stack_meta_reference.inference.memory_plan import available_memory, memory_plan
+from llama_stack_meta_reference.inference.native_runner import NativeStorage
 from llama_stack_meta_reference.inference.runner import TorchStorage
 from llama_stack_meta_reference.llama.config import LlamaConfig
 
@@ -42,6 +43,19 @@ def test_plan_of_a_published_model_matches_its_published_figures() -> None:
         "cuda:0: weights 14.96 GiB + cache 4 GiB (32768 tokens of 128 KiB) = 18.96 GiB of 24 GiB free; "
         "context 32768 tokens, longest that fits: 74064"
     )
+
+
+def test_weights_that_are_rounded_must_fit_before_they_are() -> None:
+    """A checkpoint is read whole and then packed: a plan of the packed weights alone would end in a killed process."""
+    storage = NativeStorage("int4", torch.bfloat16)
+    small, roomy = (
+        memory_plan(LLAMA_3_1_8B, storage, "cpu", available_bytes=available * GIB, cache_tokens=32768)
+        for available in (14, 16)
+    )
+    assert small.total_bytes < 10 * GIB
+    assert small.loading_bytes == 2 * 8_030_261_248
+    assert (small.fits, roomy.fits) == (False, True)
+    assert "weights 4.91 GiB (14.96 GiB while loaded) + cache 4 GiB" in str(small)
 
 
 def test_the_longest_context_is_the_most_that_fits() -> None:

@@ -64,6 +64,22 @@ async def test_what_was_asked_answered_and_reused_is_counted_exactly() -> None:
     assert (found["cache_blocks"], found["used_blocks"], found["reusable_blocks"]) == (64, 0, 4)
 
 
+async def test_what_a_sequence_finds_of_its_own_after_it_gave_way_is_not_reuse() -> None:
+    """Counted, it would pass for prompts that are alike, and more could be reused than was ever asked."""
+    a, b = ord("a"), ord("b")
+    model = lookup_llama({ord("\n"): a, a: b, b: a}, byte_tokenizer().vocab_size)
+    engine = new_engine(model, byte_tokenizer(), context=96, blocks=8)
+    prompts = ([1] * 29 + [ord("\n")], [2] * 29 + [ord("\n")])
+    engine.start()
+    tickets = engine.submit([Generation(prompt, SamplingParams(), max_tokens=60) for prompt in prompts])
+    for ticket in tickets:
+        assert len([token async for token in ticket]) == 60
+    found = scraped(engine)
+    await engine.stop()
+    assert found["preemptions_total"] > 0
+    assert (found["prompt_tokens_total"], found["reused_tokens_total"]) == (60, 0)
+
+
 def test_a_value_on_a_bound_belongs_to_its_bucket() -> None:
     """Prometheus' buckets are "less or equal"."""
     histogram = Histogram((1, 2))

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from llama_stack_meta_reference.inference import native_runner
 from llama_stack_meta_reference.inference.batch import Batch
 from llama_stack_meta_reference.inference.native_runner import NativeRunner, NativeStorage
 from llama_stack_meta_reference.llama.config import LlamaConfig
@@ -115,6 +116,27 @@ def test_a_sequence_that_is_no_number_stays_alone() -> None:
     model.tok_embeddings.weight[17] = torch.nan
     logits_RV = native(model).run(Batch([17, 4, 5], [0, 0, 0], [1, 1, 1], [[0], [1], [2]], [0, 1, 2]))
     assert logits_RV.isfinite().all(1).tolist() == [False, True, True]
+
+
+def test_room_that_could_not_be_had_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine goes on after a step that had no memory; the next one must not write beyond the old room."""
+    model = network(SMALL)
+    runner, asked = native(model), list[int]()
+    tokens = tokens_of(SMALL, 40, 0)
+    runner.run(Batch(tokens[:1], [0], [1], [[0]], [0]))
+
+    def no_memory(rows: int, inputs: int) -> None:
+        asked.append(rows)
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(native_runner, "Scratch", no_memory)
+        for _ in range(2):
+            with pytest.raises(MemoryError):
+                runner.run(Batch(tokens, [0], [40], [[0, 1, 2]], [39]))
+    assert asked == [40, 40]
+    expected = model(torch.tensor([tokens]))[0, [39]]
+    torch.testing.assert_close(runner.run(Batch(tokens, [0], [40], [[0, 1, 2]], [39])), expected, atol=1e-4, rtol=0)
 
 
 def test_two_threads_give_what_one_gives() -> None:
