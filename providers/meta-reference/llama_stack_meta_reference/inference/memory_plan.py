@@ -91,6 +91,8 @@ def memory_plan(
     def fitting(available: int) -> int:
         return max(0, available - weight_bytes) // (bytes_per_token * BLOCK_TOKENS)
 
+    loading_bytes = storage.loading_bytes(config)
+    longest = fitting(available_bytes) * BLOCK_TOKENS if loading_bytes <= available_bytes else 0
     wanted = context_tokens or config.max_context
     if cache_tokens is not None:
         blocks = blocks_for(cache_tokens)
@@ -101,12 +103,12 @@ def memory_plan(
     return MemoryPlan(
         device=str(device),
         weight_bytes=weight_bytes,
-        loading_bytes=storage.loading_bytes(config),
+        loading_bytes=loading_bytes,
         cache_bytes_per_token=bytes_per_token,
         context=context_tokens or min(wanted, blocks * BLOCK_TOKENS),
         blocks=blocks,
         available_bytes=available_bytes,
-        longest_context=min(fitting(available_bytes) * BLOCK_TOKENS, config.max_context),
+        longest_context=min(longest, config.max_context),
     )
 
 

@@ -55,6 +55,7 @@ def test_weights_that_are_rounded_must_fit_before_they_are() -> None:
     assert small.total_bytes < 10 * GIB
     assert small.loading_bytes == 2 * 8_030_261_248
     assert (small.fits, roomy.fits) == (False, True)
+    assert small.longest_context == 0 < 32768 <= roomy.longest_context
     assert "weights 4.91 GiB (14.96 GiB while loaded) + cache 4 GiB" in str(small)
 
 
