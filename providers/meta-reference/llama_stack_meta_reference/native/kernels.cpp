@@ -60,8 +60,8 @@ public:
             return;
         }
         for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins)
-            if (spins < 20000) _mm_pause();
-            else sched_yield();  // the others have no core to run on
+            if (spins < 100) _mm_pause();
+            else sched_yield();  // soon: the others may have no core to run on but ours
     }
 
     // Call work(i) for this thread's share of the numbers below count, then meet.
