@@ -19,10 +19,33 @@ BUILTIN_CHECKPOINTS = ("tiny",)
 """The checkpoints that ship with this package."""
 
 
+FolderName = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00]+$")]
+"""A folder on the server's machine. A relative path starts at its working directory; ``~`` is the home folder."""
+
+
+class DraftConfig(Config):
+    """A small network with the same tokens that guesses ahead for a large one."""
+
+    checkpoint: FolderName
+    """A model folder, or ``builtin:tiny``."""
+    tokens: int = Field(default=4, ge=1, le=16)
+    """How many tokens it guesses at a time, at most."""
+
+    @field_validator("checkpoint")
+    @classmethod
+    def _check_builtin(cls, value: str) -> str:
+        return _checked(value)
+
+    @property
+    def folder(self) -> Path:
+        """The folder that ``checkpoint`` names."""
+        return _folder(self.checkpoint)
+
+
 class ModelConfig(Config):
     """One checkpoint, where it runs and how many requests it serves at a time."""
 
-    checkpoint: Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00]+$")]
+    checkpoint: FolderName
     """A model folder of Meta's or Hugging Face's layout, or ``builtin:tiny``. A relative path starts at the working
     directory of the server; ``~`` is the home folder."""
     device: Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda|cuda:[0-9]{1,2})$")] = "auto"
@@ -61,21 +84,23 @@ class ModelConfig(Config):
     prefix_reuse: bool = True
     """Whether a prompt that begins as an earlier one did takes its beginning from the cache."""
 
-    adapters: dict[Id, Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00]+$")]] = Field(
-        default_factory=dict
-    )
+    adapters: dict[Id, FolderName] = Field(default_factory=dict)
     """LoRA adapters on this model, each a folder as peft writes it, by the name that requests use."""
+
+    draft: DraftConfig | None = None
+    """A small network that guesses ahead, where answers are greedy; they stay the same."""
 
     @field_validator("checkpoint")
     @classmethod
     def _check_builtin(cls, value: str) -> str:
-        name = value.removeprefix(BUILTIN)
-        if value.startswith(BUILTIN) and name not in BUILTIN_CHECKPOINTS:
-            raise ValueError(
-                f"no checkpoint {name!r} ships with this package; "
-                f"shipped: {listed(BUILTIN_CHECKPOINTS)}{nearest(name, BUILTIN_CHECKPOINTS)}"
-            )
-        return value
+        return _checked(value)
+
+    @field_validator("draft")
+    @classmethod
+    def _check_draft(cls, draft: DraftConfig | None, info: ValidationInfo) -> DraftConfig | None:
+        if draft is not None and info.data.get("tensor_parallel", 1) > 1:
+            raise ValueError("a draft network beside a network that is split is not supported; set tensor_parallel: 1")
+        return draft
 
     @field_validator("tensor_parallel")
     @classmethod
@@ -105,9 +130,23 @@ class ModelConfig(Config):
     @property
     def folder(self) -> Path:
         """The folder that ``checkpoint`` names."""
-        if self.checkpoint.startswith(BUILTIN):
-            return Path(__file__).parent / "checkpoints" / self.checkpoint.removeprefix(BUILTIN)
-        return Path(self.checkpoint).expanduser()
+        return _folder(self.checkpoint)
+
+
+def _checked(checkpoint: str) -> str:
+    name = checkpoint.removeprefix(BUILTIN)
+    if checkpoint.startswith(BUILTIN) and name not in BUILTIN_CHECKPOINTS:
+        raise ValueError(
+            f"no checkpoint {name!r} ships with this package; "
+            f"shipped: {listed(BUILTIN_CHECKPOINTS)}{nearest(name, BUILTIN_CHECKPOINTS)}"
+        )
+    return checkpoint
+
+
+def _folder(checkpoint: str) -> Path:
+    if checkpoint.startswith(BUILTIN):
+        return Path(__file__).parent / "checkpoints" / checkpoint.removeprefix(BUILTIN)
+    return Path(checkpoint).expanduser()
 
 
 class MetaReferenceConfig(Config):
@@ -117,9 +156,7 @@ class MetaReferenceConfig(Config):
     """Each model by the name that requests use."""
     aliases: dict[Id, Id] = Field(default_factory=dict)
     """Further names, each for one of the models, such as the draft's ``llama3_8b_chat``."""
-    adapters_folder: Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00]+$")] | None = (
-        None
-    )
+    adapters_folder: FolderName | None = None
     """Where the folders lie that ``POST /inference/adapters/add`` may name; without it none may be added by request."""
 
     @property

@@ -23,9 +23,9 @@ from time import monotonic
 from llama_stack.apis.common import SamplingParams, StopReason
 from llama_stack.errors import DrainingError, EngineRestartedError, OverloadedError, StackError
 
+from .drafting import Drafter, NetworkGuesses, PromptLookup
 from .executor import Executor, ExecutorLostError
 from .kv_cache import BlockPool, blocks_for
-from .lookup import PromptLookup
 from .metrics import EngineMetrics
 from .sampler import SampledToken, Sampler
 from .scheduler import NOT_FINITE, End, Scheduler, Sequence, Step
@@ -108,7 +108,8 @@ class Engine:
     """Runs generations on one model, many at a time. ``start`` it once; ``stop`` ends its thread and the executor.
 
     ``blocks`` says how many blocks the executor's cache has; they hold at least one ``context``. ``stop_ids`` end a
-    generation.
+    generation. ``lookup_tokens`` bounds what is guessed from the text itself, ``draft_tokens`` what the executor's
+    draft network guesses, which is 0 where there is none.
     """
 
     def __init__(
@@ -122,6 +123,7 @@ class Engine:
         queue_size: int = 256,
         prefill_tokens: int = 512,
         lookup_tokens: int = 0,
+        draft_tokens: int = 0,
         prefix_reuse: bool = True,
         name: str = "model",
     ) -> None:
@@ -132,6 +134,7 @@ class Engine:
         self.steps = 0
         """How many steps have been run, counting those that failed."""
         self._executor = executor
+        self._lookup_tokens, self._draft_tokens = lookup_tokens, draft_tokens
         self._stop_ids = stop_ids
         self._pool = BlockPool(blocks, executor.block_tokens)
         self._scheduler = Scheduler(
@@ -139,7 +142,7 @@ class Engine:
             max_sequences=max_sequences,
             queue_size=queue_size,
             prefill_tokens=prefill_tokens,
-            lookup_tokens=lookup_tokens,
+            draft_tokens=max(lookup_tokens, draft_tokens),
             prefix_reuse=prefix_reuse,
         )
         self._tickets: dict[Sequence, Ticket] = {}
@@ -292,8 +295,12 @@ class Engine:
             submitted_at=monotonic(),
             wants_logprobs=generation.logprobs,
             adapter=generation.adapter,
-            drafter=PromptLookup() if sampler.is_greedy and self._scheduler.lookup_tokens else None,
+            drafter=self._drafter() if sampler.is_greedy else None,
         )
+
+    def _drafter(self) -> Drafter | None:
+        lookup = PromptLookup() if self._lookup_tokens else None
+        return NetworkGuesses(self._draft_tokens, lookup) if self._draft_tokens else lookup
 
     def _cancel(self, sequence: Sequence) -> None:
         with self._lock:
@@ -384,6 +391,7 @@ class Engine:
     def _settle(self, step: Step, picked: list[SampledToken | None], began: float) -> None:
         """Enter the picked tokens, count them and pass them on. Under the lock."""
         metrics, now, row = self._scheduler.metrics, monotonic(), 0
+        step.take_guesses()
         metrics.step_seconds.observe(now - began)
         metrics.step_sequences.observe(len(step.parts))
         for part in step.parts:

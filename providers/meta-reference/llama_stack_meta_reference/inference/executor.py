@@ -27,6 +27,8 @@ class ModelFacts:
     """``meta`` or ``hugging_face``."""
     tokenizer: str
     """The tokenizer's file."""
+    draft_tokenizer: str | None
+    """That of the draft network, if there is one; it must hold the same tokens."""
     vocabulary: int
     """How many tokens the network knows; its tokenizer may know fewer."""
     eos_ids: tuple[int, ...]
@@ -63,8 +65,10 @@ class Executor(Protocol):
     def execute(self, batch: Batch, choices: Sequence[Choice]) -> list[SampledToken | None]:
         """Store the new tokens' keys and values, and pick a token after each place of ``batch.sampled``.
 
-        There is a choice for each of these. None stands for logits that are not finite. After an exception, which is
-        ``ExecutorLostError`` where there is nothing left that could execute, the cache holds anything: call ``reset``.
+        There is a choice for each of these. Where ``batch.tokens`` holds ``GUESS``, which only a model with a draft
+        network is asked for, the token that was guessed is written in its place. None stands for logits that are not
+        finite. After an exception, which is ``ExecutorLostError`` where there is nothing left that could execute, the
+        cache holds anything: call ``reset``.
         """
         ...
 

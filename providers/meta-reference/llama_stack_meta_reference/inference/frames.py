@@ -31,7 +31,7 @@ LARGEST_BODY = 1 << 28
 _HEADER = struct.Struct("<IB")
 _READ_BYTES = 1 << 18
 _STEP = struct.Struct("<6I")  # tokens, sequences, adapters, blocks of all tables, sampled places, numbers of chance
-_PICKED = struct.Struct("<3I")  # rows, alternatives of all rows, log-probabilities
+_PICKED = struct.Struct("<4I")  # rows, alternatives of all rows, guessed tokens, log-probabilities
 _IS_GREEDY, _WANTS_LOGPROBS = 1, 2
 _NOT_FINITE = -1
 _NOT_SCORED = -1
@@ -201,8 +201,8 @@ def unpack_step(body: bytes) -> tuple[Batch, list[Choice]]:
     return batch, choices
 
 
-def pack_picked(picked: Sequence[SampledToken | None]) -> bytes:
-    """The body of a PICKED."""
+def pack_picked(picked: Sequence[SampledToken | None], guessed: Sequence[int] = ()) -> bytes:
+    """The body of a PICKED: the picked tokens, and those that the draft network guessed."""
     tokens, counts, others = [], [], []
     logprobs = []
     for one in picked:
@@ -213,15 +213,17 @@ def pack_picked(picked: Sequence[SampledToken | None]) -> bytes:
             counts.append(len(one.alternatives))
             others += [token for token, _ in one.alternatives]
             logprobs += [one.logprob, *(logprob for _, logprob in one.alternatives)]
-    header = _PICKED.pack(len(tokens), len(others), len(logprobs))
-    return header + array("i", [*tokens, *counts, *others]).tobytes() + array("d", logprobs).tobytes()
+    header = _PICKED.pack(len(tokens), len(others), len(guessed), len(logprobs))
+    return header + array("i", [*tokens, *counts, *others, *guessed]).tobytes() + array("d", logprobs).tobytes()
 
 
-def unpack_picked(body: bytes, rows: int, vocabulary: int) -> list[SampledToken | None]:
-    """What ``pack_picked`` packed. Raises ``FrameError``, also unless there are ``rows`` tokens of the vocabulary."""
+def unpack_picked(
+    body: bytes, rows: int, vocabulary: int, guesses: int = 0
+) -> tuple[list[SampledToken | None], list[int]]:
+    """What ``pack_picked`` packed. Raises ``FrameError``, also unless there are so many tokens of the vocabulary."""
     reader = _Reader(body, _PICKED)
-    found, others, logprobs = reader.counts
-    numbers, scores = reader.rest(2 * found + others, logprobs)
+    found, others, guessed, logprobs = reader.counts
+    numbers, scores = reader.rest(2 * found + others + guessed, logprobs)
     tokens, counts = numbers.take(found), numbers.take(found)
     scored = [count for count in counts if count != _NOT_SCORED]
     if found != rows or min(scored, default=0) < 0 or sum(scored) != others or len(scored) + others != logprobs:
@@ -237,7 +239,10 @@ def unpack_picked(body: bytes, rows: int, vocabulary: int) -> list[SampledToken 
         else:
             logprob, *best = scores.take(1 + count)
             picked.append(SampledToken(token, logprob, tuple(zip(numbers.take(count), best, strict=True))))
-    return picked
+    drafted = numbers.take(guessed)
+    if guessed != guesses or not all(0 <= token < vocabulary for token in drafted):
+        raise FrameError(f"{guessed} guessed tokens where {guesses} were asked for, or unknown ones")
+    return picked, drafted
 
 
 class _Items(Generic[N]):

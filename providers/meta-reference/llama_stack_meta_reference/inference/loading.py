@@ -6,7 +6,7 @@ Everything that can be refused is refused before weights are read, and an operat
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import monotonic
 
 import torch
@@ -18,6 +18,7 @@ from ..llama.checkpoint import Checkpoint, load_model, open_checkpoint
 from ..llama.config import LlamaConfig
 from ..llama.parallel import Rank, possible_ranks
 from ..native.library import WIDEST_HEAD, KernelsUnavailableError, library
+from .draft_network import DraftNetwork
 from .executor import ModelFacts
 from .kv_cache import BLOCK_TOKENS
 from .local_executor import LocalExecutor
@@ -42,6 +43,7 @@ class OpenModel:
     storage: Storage
     plan: MemoryPlan
     rank: Rank | None
+    draft: _Draft | None
 
     @property
     def facts(self) -> ModelFacts:
@@ -50,6 +52,7 @@ class OpenModel:
         return ModelFacts(
             layout=self.checkpoint.layout,
             tokenizer=str(self.checkpoint.tokenizer),
+            draft_tokenizer=str(self.draft.checkpoint.tokenizer) if self.draft else None,
             vocabulary=network.vocab_size,
             eos_ids=self.checkpoint.eos_ids,
             parameters=network.parameter_count,
@@ -75,9 +78,47 @@ class OpenModel:
             self.rank.join(self.device)
             if self.device.type == "cpu":
                 torch.set_num_threads(max(1, torch.get_num_threads() // self.rank.count))
-        runner = _runner(self)
+        runner = _runner(self, self.checkpoint, self.storage, self.rank)
+        draft = None
+        if self.draft is not None:
+            draft = DraftNetwork(_runner(self, self.draft.checkpoint, self.draft.storage, None), vocabulary)
         logger.info("model %r: ready on %s, weights and cache in %.2f s", self.name, self.device, monotonic() - began)
-        return LocalExecutor(runner, vocabulary)
+        return LocalExecutor(runner, vocabulary, draft)
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """The draft network beside a model: its cache has as many blocks, and its memory is part of the model's plan."""
+
+    checkpoint: Checkpoint
+    storage: Storage
+
+
+@dataclass(frozen=True)
+class _Both:
+    """The ``Storage`` of a model and of the draft network beside it."""
+
+    main: Storage
+    draft: _Draft
+
+    @property
+    def name(self) -> str:
+        """As the model's."""
+        return self.main.name
+
+    def weight_bytes(self, config: LlamaConfig) -> int:
+        """See ``Storage``."""
+        return self.main.weight_bytes(config) + self.draft.storage.weight_bytes(self.draft.checkpoint.config)
+
+    def loading_bytes(self, config: LlamaConfig) -> int:
+        """See ``Storage``; one is loaded after the other."""
+        draft = self.draft.storage.loading_bytes(self.draft.checkpoint.config)
+        return max(self.main.loading_bytes(config), self.main.weight_bytes(config) + draft)
+
+    def cache_bytes_per_token(self, config: LlamaConfig) -> int:
+        """See ``Storage``."""
+        draft = self.draft.storage.cache_bytes_per_token(self.draft.checkpoint.config)
+        return self.main.cache_bytes_per_token(config) + draft
 
 
 def open_model(name: str, config: ModelConfig, rank: Rank | None = None) -> OpenModel:
@@ -94,9 +135,16 @@ def open_model(name: str, config: ModelConfig, rank: Rank | None = None) -> Open
     storage = _storage(name, config, checkpoint, device)
     for remark in checkpoint.remarks:
         logger.info("model %r: %s", name, remark)
-    plan = _plan(name, config, checkpoint, device, storage, rank)
+    draft, network, planned = None, checkpoint.config, storage
+    if config.draft is not None:
+        drafting = open_checkpoint(config.draft.folder)
+        draft = _Draft(drafting, _storage(f"{name}, draft", config, drafting, device))
+        planned = _Both(storage, draft)
+        # Beyond what the draft network was made for it would guess nonsense.
+        network = replace(network, max_context=min(network.max_context, drafting.config.max_context))
+    plan = _plan(name, config, network, device, planned, rank)
     logger.info("model %r: %s, %s", name, storage.name, plan)
-    return OpenModel(name, checkpoint, device, storage, plan, rank)
+    return OpenModel(name, checkpoint, device, storage, plan, rank, draft)
 
 
 def _device(name: str, asked: str, rank: Rank | None) -> torch.device:
@@ -174,17 +222,17 @@ def _gpu_dtype(device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def _runner(opened: OpenModel) -> Runner:
-    storage, plan = opened.storage, opened.plan
+def _runner(opened: OpenModel, checkpoint: Checkpoint, storage: Storage, rank: Rank | None) -> Runner:
+    plan = opened.plan
     if isinstance(storage, NativeStorage):
-        model = load_model(opened.checkpoint, device=opened.device, dtype=storage.table_dtype)
+        model = load_model(checkpoint, device=opened.device, dtype=storage.table_dtype)
         try:
             return NativeRunner(model, kind=storage.kind, blocks=plan.blocks, context=plan.context)
         except ValueError as error:
             raise SetupError(f"model {opened.name!r}: {error}") from error
     assert isinstance(storage, TorchStorage)
-    model = load_model(opened.checkpoint, device=opened.device, dtype=storage.dtype, rank=opened.rank)
-    return TorchRunner(model, blocks=plan.blocks, rank=opened.rank)
+    model = load_model(checkpoint, device=opened.device, dtype=storage.dtype, rank=rank)
+    return TorchRunner(model, blocks=plan.blocks, rank=rank)
 
 
 def _check_split(name: str, network: LlamaConfig, rank: Rank) -> None:
@@ -200,13 +248,12 @@ def _check_split(name: str, network: LlamaConfig, rank: Rank) -> None:
 def _plan(
     name: str,
     config: ModelConfig,
-    checkpoint: Checkpoint,
+    network: LlamaConfig,
     device: torch.device,
     storage: Storage,
     rank: Rank | None,
 ) -> MemoryPlan:
     """The memory plan of the model, or of its rank's part, with cache and context settled."""
-    network = checkpoint.config
     free = available_memory(device)
     if rank is not None:
         network = network.shard(rank.count)

@@ -9,6 +9,7 @@ import torch
 
 from ..llama.lora import load_adapter
 from .batch import Batch
+from .draft_network import DraftNetwork
 from .logits import sample
 from .runner import Runner
 from .sampler import Choice, SampledToken
@@ -23,14 +24,17 @@ class LocalExecutor:
 
     restarts = 0
 
-    def __init__(self, runner: Runner, vocabulary: int) -> None:
+    def __init__(self, runner: Runner, vocabulary: int, draft: DraftNetwork | None = None) -> None:
         self.block_tokens = runner.block_tokens
         self._runner = runner
         self._vocabulary = vocabulary
+        self._draft = draft
 
     def execute(self, batch: Batch, choices: Sequence[Choice]) -> list[SampledToken | None]:
         """See ``Executor``. Logits never leave their device; without choices no token is picked."""
         with torch.inference_mode():
+            if self._draft is not None:
+                self._draft.run(batch)
             logits_RV = self._runner.run(batch)
             return sample(logits_RV[:, : self._vocabulary], choices) if choices else []
 
@@ -48,6 +52,8 @@ class LocalExecutor:
     def reset(self) -> None:
         """See ``Executor``."""
         self._runner.reset()
+        if self._draft is not None:
+            self._draft.reset()
 
     def interrupt(self) -> None:
         """See ``Executor``."""
@@ -55,3 +61,5 @@ class LocalExecutor:
     def close(self) -> None:
         """See ``Executor``."""
         self._runner.close()
+        if self._draft is not None:
+            self._draft.close()

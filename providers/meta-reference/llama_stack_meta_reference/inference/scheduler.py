@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from .batch import Batch
+from .drafting import GUESS, Drafter
 from .kv_cache import BlockPool, blocks_for
-from .lookup import Drafter
 from .metrics import EngineMetrics
 from .sampler import Sampler
 
@@ -93,7 +93,9 @@ class Part:
     sampled: int
     """After how many of them, the last ones, a token is picked: 0 in the middle of a prompt."""
     drafted: list[int] = field(default_factory=list)
-    """The guessed tokens among them, the last ones."""
+    """The guessed tokens among them, the last ones; ``GUESS`` until the step has been run."""
+    first: int = 0
+    """The place of its first token in the step's."""
 
 
 @dataclass(slots=True)
@@ -114,8 +116,15 @@ class Step:
         count = 1 + len(drafted)
         self._add(Part(sequence, count, count, drafted), [sequence.tokens[-1], *drafted])
 
+    def take_guesses(self) -> None:
+        """Note what the draft network has guessed while the step was run."""
+        for part in self.parts:
+            if part.drafted and part.drafted[-1] == GUESS:
+                part.drafted = self.batch.tokens[part.first + 1 : part.first + part.count]
+
     def _add(self, part: Part, tokens: list[int]) -> None:
         batch = self.batch
+        part.first = len(batch.tokens)
         batch.tokens += tokens
         batch.starts.append(part.sequence.read)
         batch.counts.append(part.count)
@@ -135,14 +144,14 @@ class Scheduler:
         max_sequences: int,
         queue_size: int,
         prefill_tokens: int,
-        lookup_tokens: int = 0,
+        draft_tokens: int = 0,
         prefix_reuse: bool = True,
     ) -> None:
         self.pool = pool
         self.max_sequences = max_sequences
         self.queue_size = queue_size
         self.prefill_tokens = prefill_tokens
-        self.lookup_tokens = lookup_tokens
+        self.draft_tokens = draft_tokens
         self.prefix_reuse = prefix_reuse
         self.running: list[Sequence] = []
         """In the order of their admission."""
@@ -271,8 +280,8 @@ class Scheduler:
 
     def _guesses(self, answering: int) -> int:
         """How many tokens may be guessed for each of ``answering`` sequences."""
-        most = min(_DRAFTING * self.lookup_tokens, self.prefill_tokens - answering)
-        return min(self.lookup_tokens, max(0, most) // max(1, answering))
+        most = min(_DRAFTING * self.draft_tokens, self.prefill_tokens - answering)
+        return min(self.draft_tokens, max(0, most) // max(1, answering))
 
     def _draft(self, sequence: Sequence, most: int) -> list[int]:
         """Guess up to ``most`` tokens, no more than may still come and than there are blocks to spare for."""

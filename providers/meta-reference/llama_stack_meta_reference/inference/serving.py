@@ -55,6 +55,10 @@ def load(name: str, config: ModelConfig, workers: Workers | None) -> LoadedModel
             f"{facts.tokenizer}: has {tokenizer.vocab_size} tokens, and the network beside it knows "
             f"{facts.vocabulary}; they do not belong together"
         )
+    if facts.draft_tokenizer and not tokenizer.has_tokens_of(load_tokenizer(Path(facts.draft_tokenizer))):
+        raise CheckpointError(
+            f"{facts.draft_tokenizer}: other tokens than in {facts.tokenizer}; a draft network needs the same"
+        )
     chat = ChatFormat(tokenizer)
     engine = Engine(
         load_weights(tokenizer.vocab_size),
@@ -65,6 +69,7 @@ def load(name: str, config: ModelConfig, workers: Workers | None) -> LoadedModel
         queue_size=config.queue_size,
         prefill_tokens=config.prefill_tokens,
         lookup_tokens=config.lookup_tokens,
+        draft_tokens=config.draft.tokens if config.draft else 0,
         prefix_reuse=config.prefix_reuse,
         name=name,
     )

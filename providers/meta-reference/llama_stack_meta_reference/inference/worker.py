@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from llama_stack.errors import StackError
 
 from ..config import ModelConfig
+from .drafting import GUESS
 from .frames import Connection, Frame, FrameError, Kind, PeerGoneError, pack_picked, unpack_step
 
 if TYPE_CHECKING:
@@ -61,7 +62,9 @@ class Worker:
             if self._rank:  # the first rank picks for all
                 self._executor.execute(batch, ())
                 return Kind.DONE, b""
-            return Kind.PICKED, pack_picked(self._executor.execute(batch, choices))
+            guesses = [place for place, token in enumerate(batch.tokens) if token == GUESS]
+            picked = self._executor.execute(batch, choices)
+            return Kind.PICKED, pack_picked(picked, [batch.tokens[place] for place in guesses])
         if frame.kind is Kind.OPEN:
             return Kind.FACTS, self._open(frame.json())
         if frame.kind is Kind.LOAD and self._opened is not None:

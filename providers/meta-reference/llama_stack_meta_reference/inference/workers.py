@@ -29,6 +29,7 @@ from llama_stack.errors import SetupError, StackError
 
 from ..config import ModelConfig
 from .batch import Batch
+from .drafting import GUESS
 from .executor import ExecutorLostError, ModelFacts
 from .frames import Connection, Frame, FrameError, Kind, PeerGoneError, pack_step, unpack_picked
 from .sampler import Choice, SampledToken
@@ -135,9 +136,12 @@ class Workers:
             lost = self._lost_adapters.intersection(batch.adapters)
             answer = self._ask(Kind.STEP, pack_step(_without(batch, lost), choices), self._config.step_timeout_seconds)
             try:
-                picked = unpack_picked(answer.body, len(choices), self._vocabulary)
+                guesses = [place for place, token in enumerate(batch.tokens) if token == GUESS]
+                picked, guessed = unpack_picked(answer.body, len(choices), self._vocabulary, len(guesses))
             except FrameError as error:
                 raise self._lost(self._workers[0], f"sent a broken frame: {error}") from error
+            for place, token in zip(guesses, guessed, strict=True):
+                batch.tokens[place] = token
             return _hidden(picked, batch, lost) if lost else picked
 
     def add_adapter(self, adapter: int, folder: str) -> None:

@@ -81,6 +81,10 @@ class Tokenizer:
         )
         """The ids that end a message, a turn or a text."""
 
+    def has_tokens_of(self, other: Tokenizer) -> bool:
+        """Whether the other one has the same tokens under the same ids."""
+        return (self._pieces, self.specials) == (other._pieces, other.specials)
+
     def encode(self, text: str) -> list[int]:
         """The ids of ``text``, all of them ordinary tokens, with nothing put before or after.
 

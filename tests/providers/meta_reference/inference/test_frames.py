@@ -51,7 +51,7 @@ def test_a_step_arrives_as_it_was_sent(batch: Batch, choices: list[Choice]) -> N
 @pytest.mark.parametrize("picked", [PICKED, [], [None]])
 def test_picked_tokens_arrive_as_they_were_sent(picked: list[SampledToken | None]) -> None:
     """Scores too, and the mark of logits that were not finite."""
-    assert unpack_picked(pack_picked(picked), len(picked), 10) == picked
+    assert unpack_picked(pack_picked(picked, [4, 9]), len(picked), 10, 2) == (picked, [4, 9])
 
 
 def _picked(body: bytes) -> object:

@@ -81,6 +81,7 @@ async def serving(
     facts = ModelFacts(
         layout="hugging_face",
         tokenizer="tokenizer.json",
+        draft_tokenizer=None,
         vocabulary=config.vocab_size,
         eos_ids=(),
         parameters=config.parameter_count,

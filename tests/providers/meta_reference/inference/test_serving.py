@@ -37,7 +37,7 @@ def test_the_settings_reach_the_engine(worded_checkpoint: Path) -> None:
     engine = load("m", config, None).engine
     scheduler = engine._scheduler
     assert (engine.context, engine.blocks, scheduler.max_sequences, scheduler.queue_size) == (40, 7, 3, 7)
-    assert (scheduler.prefill_tokens, scheduler.lookup_tokens, scheduler.prefix_reuse) == (9, 5, False)
+    assert (scheduler.prefill_tokens, scheduler.draft_tokens, scheduler.prefix_reuse) == (9, 5, False)
 
 
 def test_a_tokenizer_of_another_model_is_refused(small_checkpoint: Path) -> None:

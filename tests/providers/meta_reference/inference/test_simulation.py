@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import os
 import random
+from typing import cast
 
 import pytest
 from llama_stack_meta_reference.inference.batch import Batch
+from llama_stack_meta_reference.inference.draft_network import DraftNetwork
+from llama_stack_meta_reference.inference.drafting import Drafter, NetworkGuesses, PromptLookup
 from llama_stack_meta_reference.inference.kv_cache import BlockPool, blocks_for
-from llama_stack_meta_reference.inference.lookup import PromptLookup
+from llama_stack_meta_reference.inference.runner import Runner
 from llama_stack_meta_reference.inference.sampler import Sampler
 from llama_stack_meta_reference.inference.scheduler import NOT_FINITE, End, Part, Scheduler, Sequence
 
 from llama_stack.apis.common import SamplingParams
-from tests.providers.meta_reference.simulated import STOP, VOCABULARY, SimulatedRunner, answer
+from tests.providers.meta_reference.simulated import STOP, VOCABULARY, SimulatedRunner, answer, drifting
 
 SIMULATIONS = int(os.environ.get("LLAMA_STACK_SIMULATIONS", "500"))
 GROUP = 50
@@ -30,7 +33,7 @@ def test_nothing_leaks_nobody_starves_and_everyone_is_answered_as_if_alone(first
 
     A history that fails names its seed, and replays exactly.
     """
-    seen = [0] * 5
+    seen = [0] * 6
     for seed in range(first, min(first + GROUP, SIMULATIONS)):
         history = History(seed)
         try:
@@ -45,10 +48,13 @@ def test_nothing_leaks_nobody_starves_and_everyone_is_answered_as_if_alone(first
             happened.metrics.reused_tokens,
             happened.metrics.preemptions,
             happened.metrics.accepted_tokens,
+            history.guesses,
         )
         seen = [total + fact for total, fact in zip(seen, facts, strict=True)]
     if min(first + GROUP, SIMULATIONS) - first == GROUP:
-        assert all(seen), f"histories without answers, faults, reuse, preemption or right guesses prove little: {seen}"
+        assert all(seen), (
+            f"histories without answers, faults, reuse, preemption, right guesses or drafts prove little: {seen}"
+        )
 
 
 class History:
@@ -66,13 +72,16 @@ class History:
             max_sequences=draw.randint(1, 6),
             queue_size=draw.randint(1, 6),
             prefill_tokens=draw.choice((1, 3, 8, 20, 64)),
-            lookup_tokens=draw.choice((0, 1, 8)),
+            draft_tokens=draw.choice((0, 1, 8)),
             prefix_reuse=draw.random() < 0.8,
         )
+        self.draft_tokens = draw.choice((0, 0, 1, 4))
+        drafting = SimulatedRunner(blocks=blocks, block_tokens=size, function=drifting)
+        self.draft = DraftNetwork(cast(Runner, drafting), VOCABULARY) if self.draft_tokens else None
         texts = [[draw.randrange(VOCABULARY) for _ in range(60)] for _ in range(3)]
         self.texts = texts
         self.prompts: dict[Sequence, int] = {}  # everyone under way, with the length of the prompt
-        self.answered = self.faults = 0
+        self.answered = self.faults = self.guesses = 0
         self.oldest: Sequence | None = None
         self.progress = (-1, -1)
         self.stalled = 0
@@ -104,7 +113,10 @@ class History:
             common = draw.randint(0, length)
             prompt = draw.choice(self.texts)[:common] + [draw.randrange(VOCABULARY) for _ in range(length - common)]
             limit = length + draw.randint(1, self.context - length)
-            one = Sequence(list(prompt), limit, GREEDY, frozenset({STOP}), drafter=PromptLookup())
+            drafter: Drafter = PromptLookup()
+            if self.draft_tokens:
+                drafter = NetworkGuesses(self.draft_tokens, draw.choice((drafter, None)))
+            one = Sequence(list(prompt), limit, GREEDY, frozenset({STOP}), drafter=drafter)
             self.prompts[one] = length
             request.append(one)
         self.scheduler.add(request)
@@ -135,7 +147,11 @@ class History:
         if draw.random() < 0.02:
             self.break_step(step.batch)
             return
+        if self.draft:
+            self.draft.run(step.batch)
         picked = self.runner.tokens(step.batch)
+        step.take_guesses()
+        self.guesses += sum(len(part.drafted) for part in step.parts if self.draft)
         row = 0
         for part in step.parts:
             one = part.sequence
@@ -163,6 +179,8 @@ class History:
 
     def break_step(self, batch: Batch) -> None:
         """A step fails when it has written all it had to: the engine lets go of everyone in it and blanks the cache."""
+        if self.draft:
+            self.draft.run(batch)
         self.runner.fault = RuntimeError("broken")
         with pytest.raises(RuntimeError, match="broken"):
             self.runner.tokens(batch)
@@ -171,6 +189,8 @@ class History:
             self.leave(one)
         self.scheduler.pool.clear()
         self.runner.reset()
+        if self.draft:
+            self.draft.reset()
         self.faults += 1
 
     def leave(self, one: Sequence) -> None:

@@ -7,8 +7,8 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from llama_stack_meta_reference.inference.drafting import NGRAM, PromptLookup
 from llama_stack_meta_reference.inference.kv_cache import BlockPool
-from llama_stack_meta_reference.inference.lookup import NGRAM, PromptLookup
 from llama_stack_meta_reference.inference.sampler import Sampler
 from llama_stack_meta_reference.inference.scheduler import Scheduler, Sequence
 
@@ -99,7 +99,7 @@ def test_a_text_that_repeats_itself_takes_fewer_steps_and_is_the_same() -> None:
 @pytest.mark.parametrize(("blocks", "count"), [(4, 4), (5, 5)])
 def test_guesses_take_no_block_that_others_need(blocks: int, count: int) -> None:
     """A guess is a chance, another sequence's next token is not: there must be a block for everyone beside it."""
-    scheduler = Scheduler(BlockPool(blocks, 8), max_sequences=2, queue_size=2, prefill_tokens=64, lookup_tokens=8)
+    scheduler = Scheduler(BlockPool(blocks, 8), max_sequences=2, queue_size=2, prefill_tokens=64, draft_tokens=8)
     guessed = Sequence([1] * 4, 40, Sampler(SamplingParams()), drafter=PromptLookup())
     scheduler.add([guessed])
     scheduler.add([Sequence([2], 40, Sampler(SamplingParams()))])
