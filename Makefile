@@ -11,7 +11,7 @@ PROJECTS := $(wildcard providers/*/pyproject.toml)
 TORCH := torch==2.13.0
 ARGS ?=
 
-.PHONY: setup run test simulate kills lint tiny bench-server bench-footprint bench-engine bench-repeats clean help
+.PHONY: setup run test simulate kills lint tiny bench-server bench-footprint bench-engine bench-serving bench-repeats clean help
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -46,6 +46,9 @@ bench-footprint: $(VENV)/.test ## what the core costs: install size, --help, a s
 
 bench-engine: $(VENV)/.test ## tokens a second of the engine, beside transformers and the machine's limits
 	@$(VENV)/bin/python benchmarks/engine.py $(ARGS)
+
+bench-serving: $(VENV)/.test ## tokens a second through HTTP, beside the engine's own
+	@$(VENV)/bin/python benchmarks/serving.py $(ARGS)
 
 bench-repeats: $(VENV)/.test ## what prefix reuse and look-up decoding save
 	@$(VENV)/bin/python benchmarks/repeats.py $(ARGS)

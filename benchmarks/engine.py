@@ -13,7 +13,8 @@ alternate and medians of `--runs` count.
 
 Limits are measured in the same run: reading (the sum of a large tensor, all threads) and float32 multiplication (a
 square product). `of limit` is the bytes of weights that a token must read by that reading speed, for one stream; for a
-prefill it is the float32 operations of its layers, which types with integer arithmetic may exceed.
+prefill it is the float32 operations of its layers, which types with integer arithmetic may exceed. A second table says
+what each type costs in exactness (quality.py).
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from llama_stack_meta_reference.inference.native_runner import NativeRunner
 from llama_stack_meta_reference.inference.runner import Runner, TorchRunner
 from llama_stack_meta_reference.llama.config import LlamaConfig
 from llama_stack_meta_reference.llama.model import Llama
+from quality import print_quality
 
 from llama_stack.apis.common import SamplingParams
 
@@ -230,6 +232,7 @@ def main() -> None:
     parser.add_argument(
         "--peers", nargs="*", choices=PEERS, default=[p for p in PEERS if find_spec(p.replace(".", "_"))]
     )
+    parser.add_argument("--cases", type=int, default=200, help="held-out cases a skill for the quality table; 0: none")
     options = parser.parse_args()
 
     config = NETWORKS[options.network]
@@ -280,6 +283,8 @@ def main() -> None:
                 f"| {streams} | {name} | {speed.prefill:.0f} | {speed.decode:.1f} | {theirs} | {other} | {limit} |",
                 flush=True,
             )
+    if options.cases:
+        print_quality(model, options.types, options.cases)
 
 
 if __name__ == "__main__":

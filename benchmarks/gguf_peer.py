@@ -22,8 +22,11 @@ TYPES = {"llama.cpp f16": "F16", "llama.cpp q8_0": "Q8_0", "llama.cpp q4_0": "Q4
 _BATCH = 512
 
 
-def write_gguf(config: LlamaConfig, kind: str, path: Path) -> None:
-    """Write random weights of ``config``'s shape, matrices as ``kind``, norms in float32."""
+def write_gguf(config: LlamaConfig, kind: str, path: Path, *, with_vocabulary: bool = False) -> None:
+    """Write random weights of ``config``'s shape, matrices as ``kind``, norms in float32.
+
+    ``with_vocabulary`` gives each token a text, as llama-server needs it.
+    """
     rng = np.random.default_rng(0)
     quantization = getattr(gguf.GGMLQuantizationType, kind)
     writer = gguf.GGUFWriter(path, "llama")
@@ -37,7 +40,13 @@ def write_gguf(config: LlamaConfig, kind: str, path: Path) -> None:
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("none")
+    if with_vocabulary:
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list([b"<unk>", b"<s>", b"</s>", *(b"w%d" % token for token in range(3, config.vocab_size))])
+        writer.add_token_scores([0.0] * config.vocab_size)
+        writer.add_token_types([gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * (config.vocab_size - 3))
+    else:
+        writer.add_tokenizer_model("none")
 
     def matrix(name: str, outputs: int, inputs: int) -> None:
         weights = rng.standard_normal((outputs, inputs), dtype=np.float32) * 0.02

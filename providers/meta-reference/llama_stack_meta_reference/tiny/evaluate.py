@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -11,7 +11,7 @@ import torch
 from llama_stack.apis.common import ToolCall
 from llama_stack_meta_reference.inference.batch import Batch
 from llama_stack_meta_reference.inference.kv_cache import blocks_for
-from llama_stack_meta_reference.inference.runner import TorchRunner
+from llama_stack_meta_reference.inference.runner import Runner, TorchRunner
 from llama_stack_meta_reference.llama.model import Llama
 from llama_stack_meta_reference.llama.tokenizer import SpecialToken, TextDecoder, Tokenizer
 from llama_stack_meta_reference.llama.tool_calls import ToolCallParser
@@ -38,7 +38,18 @@ class Score:
     """The cases that went wrong, with what the model wrote."""
 
 
-def measure(model: Llama, tokenizer: Tokenizer, skill: Skill, count: int, seed: int) -> Score:
+RunnerOf = Callable[[Llama, int, int], Runner]
+"""Makes what runs a network, with so many cache blocks and so long a context."""
+
+
+def plain(model: Llama, blocks: int, _context: int) -> Runner:
+    """Plain torch; a ``RunnerOf``."""
+    return TorchRunner(model, blocks=blocks)
+
+
+def measure(
+    model: Llama, tokenizer: Tokenizer, skill: Skill, count: int, seed: int, runner_of: RunnerOf = plain
+) -> Score:
     """Let the model answer ``count`` held-out cases of ``skill`` and compare each reply with what the case expects."""
     cases = held_out_cases(skill, count, seed)
     encoder = Encoder(tokenizer)
@@ -47,7 +58,8 @@ def measure(model: Llama, tokenizer: Tokenizer, skill: Skill, count: int, seed: 
     order = sorted(range(count), key=lambda i: len(encoder.prompt(cases[i])))
     for start in range(0, count, _ROWS):
         group = [cases[i] for i in order[start : start + _ROWS]]
-        for case, ids in zip(group, generate(model, tokenizer, [encoder.prompt(c) for c in group]), strict=True):
+        replies = generate(model, tokenizer, [encoder.prompt(c) for c in group], runner_of=runner_of)
+        for case, ids in zip(group, replies, strict=True):
             text, calls = read_reply(tokenizer, case, ids)
             is_ended = bool(ids) and ids[-1] in tokenizer.stop_ids
             ended += is_ended
@@ -59,12 +71,16 @@ def measure(model: Llama, tokenizer: Tokenizer, skill: Skill, count: int, seed: 
 
 
 def generate(
-    model: Llama, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], longest: int = LONGEST_REPLY
+    model: Llama,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    longest: int = LONGEST_REPLY,
+    runner_of: RunnerOf = plain,
 ) -> list[list[int]]:
     """The most likely next tokens after each prompt, up to and with the one that ends the turn, at most ``longest``."""
     context = min(model.config.max_context, max(map(len, prompts)) + longest)
     width = blocks_for(context)
-    runner = TorchRunner(model, blocks=width * len(prompts))
+    runner = runner_of(model, width * len(prompts), context)
     tables = [list(range(row * width, (row + 1) * width)) for row in range(len(prompts))]
     replies: list[list[int]] = [[] for _ in prompts]
     read = [0] * len(prompts)
