@@ -11,7 +11,7 @@ PROJECTS := $(wildcard providers/*/pyproject.toml)
 TORCH := torch==2.13.0
 ARGS ?=
 
-.PHONY: setup run test simulate kills lint tiny bench-server bench-footprint bench-engine bench-serving bench-repeats clean help
+.PHONY: setup run test simulate kills storms lint tiny bench-server bench-footprint bench-engine bench-serving bench-repeats clean help
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -27,6 +27,9 @@ simulate: $(VENV)/.test ## 10,000 random histories of the engine's scheduler and
 
 kills: $(VENV)/.test ## 50 kills of a model's process at random moments, of which make test has 3
 	@LLAMA_STACK_KILLS=50 $(VENV)/bin/python -m pytest -q tests/providers/meta_reference/inference/test_workers.py -k kills
+
+storms: $(VENV)/.test ## 2,800 clients that leave midway and 500 streams for a minute, of which make test has a little
+	@LLAMA_STACK_DISCONNECTS=2800 LLAMA_STACK_STREAM_SECONDS=60 $(VENV)/bin/python -m pytest -q tests/providers/meta_reference/test_storms.py
 
 lint: $(VENV)/.test ## ruff and mypy, as CI runs them
 	@$(VENV)/bin/ruff format --check .

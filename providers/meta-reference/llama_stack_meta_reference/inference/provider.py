@@ -281,15 +281,15 @@ async def _whole_chat(ticket: Ticket, reply: Reply, logprobs: bool) -> ChatCompl
 async def _completion_chunks(
     ticket: Ticket, reply: Reply, logprobs: bool
 ) -> AsyncGenerator[CompletionResponseStreamChunk, None]:
-    def chunk(text: str) -> CompletionResponseStreamChunk:
+    def chunk(text: str, stop_reason: StopReason) -> CompletionResponseStreamChunk:
         scores = reply.take_logprobs() if logprobs else None
-        return CompletionResponseStreamChunk(text_delta=text, stop_reason=ticket.stop_reason, logprobs=scores)
+        return CompletionResponseStreamChunk(text_delta=text, stop_reason=stop_reason, logprobs=scores)
 
     async with aclosing(_pieces(ticket, reply)) as pieces:
         async for piece in pieces:
             assert isinstance(piece, str), "without tools everything is text"
-            yield chunk(piece)
-    yield chunk("")
+            yield chunk(piece, StopReason.NOT_STOPPED)
+    yield chunk("", ticket.stop_reason)
 
 
 async def _chat_chunks(ticket: Ticket, reply: Reply) -> AsyncGenerator[ChatCompletionResponseStreamChunk, None]:

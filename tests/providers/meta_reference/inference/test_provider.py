@@ -241,6 +241,17 @@ async def test_a_completion_continues_a_text(tmp_path: Path) -> None:
         assert engine.free_blocks == engine.blocks
 
 
+async def test_half_a_character_at_the_end_is_text_like_any_and_the_reason_comes_once_and_last(tmp_path: Path) -> None:
+    """What is flushed when the answer was cut is a chunk of its own; a client that ends at the reason would lose it."""
+    async with serving(tmp_path, *writing([b"a", b"\xe4"])) as (provider, _):
+        for request in (completion(max_tokens=2), completion(max_tokens=2, logprobs=True)):
+            chunks = await streamed_text(provider, request)
+            assert [chunk.text_delta for chunk in chunks] == ["a", "\ufffd", ""]
+            assert [chunk.stop_reason for chunk in chunks] == [
+                *[StopReason.NOT_STOPPED] * 2, StopReason.MAX_TOKENS
+            ]  # fmt: skip
+
+
 async def test_logprobs_are_the_same_streamed_and_whole_and_only_when_asked(tmp_path: Path) -> None:
     """One shape (spec rule G13): four lists of one length, offsets in characters, readable names for all tokens."""
     pieces = [b"Hi ", "é".encode()[:1], "é".encode()[1:], b"!"]
