@@ -186,7 +186,7 @@ def served(folder: Path, streams: int) -> Iterator[str]:
 @contextmanager
 def llama_served(binary: str, streams: int, port: int) -> Iterator[str]:
     """llama-server over the same shape, ready."""
-    from gguf_peer import write_gguf
+    from gguf_file import write_gguf
 
     path = Path(tempfile.gettempdir()) / "llama-stack-bench-serving-F16.gguf"
     if not path.exists():
