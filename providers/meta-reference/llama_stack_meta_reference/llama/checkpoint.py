@@ -29,6 +29,7 @@ from .config import LlamaConfig
 from .meta_shards import MetaShards
 from .model import Llama
 from .parallel import Rank, empty_part
+from .quantize import RoundedLinear, empty_rounded
 from .safetensors_weights import SafetensorsWeights, hugging_face_name
 
 _LARGEST_JSON_BYTES = 2_000_000
@@ -76,11 +77,17 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def load_model(
-    checkpoint: Checkpoint, *, device: torch.device | str, dtype: torch.dtype, rank: Rank | None = None
+    checkpoint: Checkpoint,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    rank: Rank | None = None,
+    rounding: str | None = None,
 ) -> Llama:
     """Return the network with the checkpoint's weights, converted to ``dtype``, in memory of its own on ``device``.
 
-    With a ``rank``, which has joined the others, it is that rank's part, whatever shards the checkpoint has.
+    With a ``rank``, which has joined the others, it is that rank's part, whatever shards the checkpoint has. With a
+    ``rounding``, one of ``quantize.KINDS``, matrices are rounded to that instead; there is no rank then.
 
     Weights go one at a time: the peak is the network and one weight. Nothing stays mapped, so a file that changes later
     cannot change or crash a running network. Raises CheckpointError when the files are no longer what
@@ -89,19 +96,30 @@ def load_model(
     config = checkpoint.config
     weights = _open_weights(checkpoint.layout, checkpoint.weight_files)
     _check_weights(checkpoint.folder, weights, config)
-    if rank is None:
-        model = Llama(config, device="meta", dtype=dtype).to_empty(device=device)
-    else:
+    if rank is not None:
         model = empty_part(config, device=device, dtype=dtype)
-    shapes = {name: weight.shape for name, weight in _parameters(config)}
+    elif rounding is not None:
+        model = empty_rounded(config, rounding, device=device, dtype=dtype)
+    else:
+        model = Llama(config, device="meta", dtype=dtype).to_empty(device=device)
     try:
         with torch.no_grad():
-            for name, weight in model.named_parameters():
-                whole = weight if rank is None else torch.empty(shapes[name], dtype=dtype)
+            for name, shape in _shapes(config).items():
+                owner = model.get_submodule(name.removesuffix(".weight"))
+                is_in_place = rank is None and not isinstance(owner, RoundedLinear)
+                whole = owner.weight if is_in_place else torch.empty(shape, dtype=dtype)
+                assert isinstance(whole, Tensor)
                 weights.copy_into(name, whole, config)
                 _check_finite(checkpoint, weights.stored_name(name), whole)
-                if rank is not None:
-                    weight.copy_(rank.part(name, whole))
+                if isinstance(owner, RoundedLinear):
+                    owner.fill(whole)
+                elif rank is not None:
+                    assert isinstance(owner.weight, Tensor)
+                    owner.weight.copy_(rank.part(name, whole))
+            if config.tied_embeddings and rounding is not None:
+                head = model.get_submodule("output")
+                assert isinstance(head, RoundedLinear)
+                head.fill(model.tok_embeddings.weight)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{checkpoint.folder}: changed while it was read: {_reason(error)}") from None
     return model
@@ -253,7 +271,7 @@ def _open_weights(layout: Literal["meta", "hugging_face"], files: Sequence[Path]
 
 def _check_weights(folder: Path, weights: _Weights, config: LlamaConfig) -> None:
     """Refuse a folder whose weights are not exactly those of its config."""
-    shapes = {name: tuple(weight.shape) for name, weight in _parameters(config)}
+    shapes = _shapes(config)
     missing = [weights.stored_name(name) for name in shapes if name not in weights.names]
     # A tied output may be stored as well; the embeddings stand for it.
     tolerated = {"output.weight"} if config.tied_embeddings else set()
@@ -274,8 +292,10 @@ def _check_finite(checkpoint: Checkpoint, stored_name: str, weight: Tensor) -> N
         )
 
 
-def _parameters(config: LlamaConfig) -> list[tuple[str, Tensor]]:
-    return list(Llama(config, device="meta", dtype=torch.float32).named_parameters())
+def _shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of each weight of the network, by its name."""
+    weights = Llama(config, device="meta", dtype=torch.float32).named_parameters()
+    return {name: tuple(weight.shape) for name, weight in weights}
 
 
 def inside(folder: Path, name: str) -> Path:
