@@ -178,7 +178,9 @@ def _device(name: str, asked: str, rank: Rank | None) -> torch.device:
 
 def _storage(name: str, config: ModelConfig, checkpoint: Checkpoint, device: torch.device) -> Storage:
     """Settle what the weights are kept as, and so what runs them."""
-    asked = config.dtype
+    asked: str = config.dtype
+    if asked == "auto" and checkpoint.rounding is not None:
+        asked = checkpoint.rounding
     if asked in KINDS and config.tensor_parallel > 1:
         raise SetupError(
             f"model {name!r} asks for dtype {asked}, which is for a whole network, and tensor_parallel splits it; "
@@ -190,7 +192,7 @@ def _storage(name: str, config: ModelConfig, checkpoint: Checkpoint, device: tor
         if asked == "float8":
             _check_float8(name, device)
         return _torch_storage(asked, _gpu_dtype(device))
-    cause = _no_kernels(config, checkpoint)
+    cause = _no_kernels(config, asked, checkpoint)
     if cause is None:
         is_half = checkpoint.dtype in (torch.bfloat16, torch.float16)
         # float16 holds what a 16-bit checkpoint has, and halves what a token must read.
@@ -213,15 +215,15 @@ def _torch_storage(asked: str, default: torch.dtype) -> TorchStorage:
     return TorchStorage(default if asked == "auto" else getattr(torch, asked))
 
 
-def _no_kernels(config: ModelConfig, checkpoint: Checkpoint) -> str | None:
+def _no_kernels(config: ModelConfig, dtype: str, checkpoint: Checkpoint) -> str | None:
     """Why the compiled kernels cannot run this model; None where they can."""
     if config.tensor_parallel > 1:
         return "they run a whole network, and tensor_parallel splits it"
     if config.kernels == "plain":
         return "the distribution says kernels: plain"
-    if config.dtype == "bfloat16":
+    if dtype == "bfloat16":
         return "they have no bfloat16; float16 holds the same weights"
-    if config.dtype == "float8":
+    if dtype == "float8":
         return "they have no float8; int8 takes as much memory"
     if not supports(checkpoint.config):
         return f"they have no heads wider than {WIDEST_HEAD}; this checkpoint's are {checkpoint.config.head_dim}"

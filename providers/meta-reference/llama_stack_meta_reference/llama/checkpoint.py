@@ -29,7 +29,8 @@ from .config import LlamaConfig
 from .meta_shards import MetaShards
 from .model import Llama
 from .parallel import Rank, empty_part
-from .quantize import RoundedLinear, empty_rounded
+from .quantize import RoundedLinear, empty_rounded, stored_matrices
+from .rounded_weights import RoundedWeights, described, stored_kind
 from .safetensors_weights import SafetensorsWeights, hugging_face_name
 
 _LARGEST_JSON_BYTES = 2_000_000
@@ -53,6 +54,8 @@ class Checkpoint:
     tokenizer_file: Path | None
     eos_ids: tuple[int, ...]
     """Token ids that end a generation, as the folder states them; empty when it states none."""
+    rounding: str | None
+    """Which of ``quantize.KINDS`` its matrices are; None where they are in ``dtype`` too."""
     remarks: tuple[str, ...]
     """What an operator should know about how the folder was read, such as a choice between two layouts in it."""
 
@@ -94,7 +97,7 @@ def load_model(
     ``open_checkpoint`` saw, and for a weight that is not finite in ``dtype``: every answer would be noise.
     """
     config = checkpoint.config
-    weights = _open_weights(checkpoint.layout, checkpoint.weight_files)
+    weights = _open_weights(checkpoint.layout, checkpoint.weight_files, config, checkpoint.rounding)
     _check_weights(checkpoint.folder, weights, config)
     if rank is not None:
         model = empty_part(config, device=device, dtype=dtype)
@@ -106,6 +109,14 @@ def load_model(
         with torch.no_grad():
             for name, shape in _shapes(config).items():
                 owner = model.get_submodule(name.removesuffix(".weight"))
+                if (
+                    isinstance(owner, RoundedLinear)
+                    and isinstance(weights, RoundedWeights)
+                    and weights.kind == rounding
+                ):
+                    weights.restore(name, owner, config)
+                    _check_finite(checkpoint, weights.stored_name(name), owner.dense(dtype))
+                    continue
                 is_in_place = rank is None and not isinstance(owner, RoundedLinear)
                 whole = owner.weight if is_in_place else torch.empty(shape, dtype=dtype)
                 assert isinstance(whole, Tensor)
@@ -135,9 +146,9 @@ def save_hugging_face(
 ) -> None:
     """Write ``config.json``, ``model.safetensors`` and, with ``eos_ids``, ``generation_config.json`` into ``folder``.
 
-    Weights are stored in ``dtype``, by default the model's. The folder is made if needed; a model in this layout that
-    is in it is replaced. Its ``config.json`` goes first and the new one comes last, so a save that was cut off leaves
-    a folder that is refused, never one with old and new files mixed.
+    Weights are stored in ``dtype``, by default the model's, and rounded matrices as they are. The folder is made if
+    needed; a model in this layout that is in it is replaced. Its ``config.json`` goes first and the new one comes last,
+    so a save that was cut off leaves a folder that is refused, never one with old and new files mixed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "generation_config.json", _HUGGING_FACE_INDEX):
@@ -147,14 +158,21 @@ def save_hugging_face(
         hugging_face_name(name): weight.detach().to("cpu", stored_dtype).contiguous()
         for name, weight in model.named_parameters()
     }
+    rounding = None
+    for matrix_name, matrix in stored_matrices(model).items():
+        rounding = matrix.kind
+        for name, kept in matrix.named_buffers(prefix=matrix_name):
+            tensors[hugging_face_name(name)] = kept.cpu()
     aside = folder / f"{_HUGGING_FACE_WHOLE}.part"
     save_file(tensors, aside, metadata={"format": "pt"})
     _settle(aside, folder / _HUGGING_FACE_WHOLE)
     token_ids: dict[str, Any] = {"bos_token_id": bos_id, "eos_token_id": list(eos_ids) or None}
     if eos_ids:
         _write_json(folder / "generation_config.json", token_ids)
-    described = model.config.to_hugging_face() | token_ids | {"torch_dtype": str(stored_dtype).removeprefix("torch.")}
-    _write_json(folder / "config.json", described)
+    values = model.config.to_hugging_face() | token_ids | {"torch_dtype": str(stored_dtype).removeprefix("torch.")}
+    if rounding is not None:
+        values["quantization_config"] = described(rounding)
+    _write_json(folder / "config.json", values)
 
 
 class _Weights(Protocol):
@@ -188,9 +206,12 @@ def _open(folder: Path) -> Checkpoint:
 
 def _open_hugging_face(folder: Path, remarks: Sequence[str]) -> Checkpoint:
     raw_config = read_json(inside(folder, "config.json"))
+    rounding = stored_kind(raw_config)
+    if rounding is not None:
+        del raw_config["quantization_config"]
     config = LlamaConfig.from_hugging_face(raw_config)
     files = _hugging_face_files(folder)
-    weights = _open_weights("hugging_face", files)
+    weights = _open_weights("hugging_face", files, config, rounding)
     _check_weights(folder, weights, config)
     generation: Mapping[str, Any] = {}
     if (folder / "generation_config.json").exists():
@@ -203,6 +224,7 @@ def _open_hugging_face(folder: Path, remarks: Sequence[str]) -> Checkpoint:
         weight_files=files,
         tokenizer_file=_tokenizer_file([folder, folder / "original"]),
         eos_ids=_eos_ids(folder, generation) or _eos_ids(folder, raw_config),
+        rounding=rounding,
         remarks=tuple(remarks),
     )
 
@@ -226,7 +248,7 @@ def _hugging_face_files(folder: Path) -> tuple[Path, ...]:
 def _open_meta(home: Path, homes: Sequence[Path]) -> Checkpoint:
     params = read_json(inside(home, "params.json"))
     files = _meta_files(home)
-    weights = _open_weights("meta", files)
+    weights = MetaShards(files)
     config = LlamaConfig.from_meta(params, tied_embeddings="output.weight" not in weights.names)
     _check_weights(home, weights, config)
     remarks = [] if home == homes[0] else [f"read from {home}"]
@@ -245,6 +267,7 @@ def _open_meta(home: Path, homes: Sequence[Path]) -> Checkpoint:
         weight_files=files,
         tokenizer_file=_tokenizer_file([home, *homes]),
         eos_ids=(),
+        rounding=None,
         remarks=tuple(remarks),
     )
 
@@ -265,7 +288,11 @@ def _meta_files(home: Path) -> tuple[Path, ...]:
     return tuple(inside(home, name) for name in names)
 
 
-def _open_weights(layout: Literal["meta", "hugging_face"], files: Sequence[Path]) -> _Weights:
+def _open_weights(
+    layout: Literal["meta", "hugging_face"], files: Sequence[Path], config: LlamaConfig, rounding: str | None
+) -> _Weights:
+    if rounding is not None:
+        return RoundedWeights(files, config, rounding)
     return MetaShards(files) if layout == "meta" else SafetensorsWeights(files)
 
 

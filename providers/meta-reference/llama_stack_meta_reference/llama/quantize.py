@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,8 @@ _SMALLEST_SCALE = 1e-30
 class RoundedLinear(nn.Module, ABC):
     """Stands for an ``nn.Linear`` without bias: (..., I) in, (..., O) out, in the dtype of what comes in."""
 
+    kind: ClassVar[str]
+    """What a distribution calls the type."""
     weight: Tensor
     """First dimension O."""
     scale: Tensor
@@ -73,6 +76,8 @@ class RoundedLinear(nn.Module, ABC):
 class Int8Linear(RoundedLinear):
     """Weights (O, I) int8, scales (O, 1) float32."""
 
+    kind = "int8"
+
     def __init__(self, inputs: int, outputs: int, *, device: torch.device | str) -> None:
         weight = torch.empty(outputs, inputs, dtype=torch.int8, device=device)
         super().__init__(inputs, outputs, weight=weight, scale=torch.empty(outputs, 1, device=device))
@@ -92,6 +97,8 @@ class Int4Linear(RoundedLinear):
     Scales (O, J, 1) bfloat16, negative where the weight of the largest size is positive: that one is exactly -8. Inputs
     that fill no group are followed by zeros.
     """
+
+    kind = "int4"
 
     def __init__(self, inputs: int, outputs: int, *, device: torch.device | str) -> None:
         groups = -(-inputs // _GROUP)
@@ -116,6 +123,8 @@ class Int4Linear(RoundedLinear):
 
 class Float8Linear(RoundedLinear):
     """Weights (O, I) float8_e4m3fn, scales (O, 1) float32."""
+
+    kind = "float8"
 
     def __init__(self, inputs: int, outputs: int, *, device: torch.device | str) -> None:
         weight = torch.empty(outputs, inputs, dtype=torch.float8_e4m3fn, device=device)
@@ -142,9 +151,7 @@ class Float8Linear(RoundedLinear):
 
 
 KINDS: Mapping[str, type[Int8Linear | Int4Linear | Float8Linear]] = {
-    "int8": Int8Linear,
-    "int4": Int4Linear,
-    "float8": Float8Linear,
+    matrix.kind: matrix for matrix in (Int8Linear, Int4Linear, Float8Linear)
 }
 """The types to which matrices can be rounded, by the names that a distribution uses."""
 
@@ -161,6 +168,15 @@ def empty_rounded(config: LlamaConfig, kind: str, *, device: torch.device | str,
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, KINDS[kind](inputs, outputs, device="meta"))
     return model.to_empty(device=device)
+
+
+def stored_matrices(model: Llama) -> dict[str, RoundedLinear]:
+    """The rounded matrices of a network by their names, but for an output that is a copy of the embeddings."""
+    return {
+        name: matrix
+        for name, matrix in model.named_modules()
+        if isinstance(matrix, RoundedLinear) and not (name == "output" and model.config.tied_embeddings)
+    }
 
 
 def _scale(values: Tensor, largest: float) -> Tensor:
