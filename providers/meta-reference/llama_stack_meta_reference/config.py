@@ -51,9 +51,9 @@ class ModelConfig(Config):
     device: Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda|cuda:[0-9]{1,2})$")] = "auto"
     """``cpu``, ``cuda``, ``cuda:N``, or ``auto``: a GPU where there is one, else the CPU. A GPU that is asked for and
     is not there is an error."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "int4", "float8"] = "auto"
     """The type of the weights. ``auto`` is bfloat16 on a GPU that has it; on a CPU float16 for a 16-bit checkpoint
-    where compiled kernels are to be had, else float32. ``int8`` and ``int4`` need compiled kernels."""
+    where compiled kernels are to be had, else float32. ``float8`` is for GPUs of compute capability 8.9 or more."""
     kernels: Literal["auto", "compiled", "plain"] = "auto"
     """What runs a model on a CPU: kernels compiled on this machine at the first start, or plain torch. ``auto`` takes
     compiled ones where a C++ compiler is installed; ``compiled`` is an error where there is none."""
@@ -80,7 +80,8 @@ class ModelConfig(Config):
     """How long a step may take before the model's process counts as hung and is started anew; a shared one cannot be
     ended."""
     tensor_parallel: int = Field(default=1, ge=1, le=64)
-    """Into how many processes the network is split, each on a GPU of its own, or all on the CPU; plain kernels only."""
+    """Into how many processes the network is split, each on a GPU of its own, or all on the CPU; plain kernels and
+    weights that are not rounded only."""
     prefix_reuse: bool = True
     """Whether a prompt that begins as an earlier one did takes its beginning from the cache."""
 

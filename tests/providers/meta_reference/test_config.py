@@ -30,7 +30,7 @@ def test_a_model_needs_no_more_than_its_checkpoint() -> None:
         ({"models": {"m": {"checkpoint": ""}}}, "at least 1 character"),
         ({"models": {"m": {"checkpoint": "x", "device": "gpu"}}}, "match pattern"),
         ({"models": {"m": {"checkpoint": "x", "device": "cuda:"}}}, "match pattern"),
-        ({"models": {"m": {"checkpoint": "x", "dtype": "int2"}}}, "'bfloat16', 'float16', 'int8' or 'int4'"),
+        ({"models": {"m": {"checkpoint": "x", "dtype": "int2"}}}, "'float16', 'int8', 'int4' or 'float8'"),
         ({"models": {"m": {"checkpoint": "x", "kernels": "fast"}}}, "'auto', 'compiled' or 'plain'"),
         ({"models": {"m": {"checkpoint": "x", "context_tokens": 1}}}, "greater than or equal to 2"),
         ({"models": {"m": {"checkpoint": "x", "max_sequences": 0}}}, "greater than or equal to 1"),

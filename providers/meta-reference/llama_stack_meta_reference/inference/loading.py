@@ -17,6 +17,7 @@ from ..config import ModelConfig
 from ..llama.checkpoint import Checkpoint, load_model, open_checkpoint
 from ..llama.config import LlamaConfig
 from ..llama.parallel import Rank, possible_ranks
+from ..llama.quantize import KINDS
 from ..native.library import WIDEST_HEAD, KernelsUnavailableError, library
 from .draft_network import DraftNetwork
 from .executor import ModelFacts
@@ -31,6 +32,8 @@ logger = logging.getLogger("llama_stack.meta_reference.loading")
 # How much of the free memory weights and cache may take when the configuration does not fix them: a step needs
 # some, and a CPU's memory is not ours alone.
 _SHARE = {"cuda": 0.9, "cpu": 0.5}
+_FLOAT8_CAPABILITY = (8, 9)
+"""Of the first GPUs that multiply float8: Ada and Hopper."""
 
 
 @dataclass(frozen=True)
@@ -175,39 +178,53 @@ def _device(name: str, asked: str, rank: Rank | None) -> torch.device:
 
 def _storage(name: str, config: ModelConfig, checkpoint: Checkpoint, device: torch.device) -> Storage:
     """Settle what the weights are kept as, and so what runs them."""
-    asked = config.dtype
-    is_packed = asked in ("int8", "int4")
+    asked: str = config.dtype
+    if asked == "auto" and checkpoint.rounding is not None:
+        asked = checkpoint.rounding
+    if asked in KINDS and config.tensor_parallel > 1:
+        raise SetupError(
+            f"model {name!r} asks for dtype {asked}, which is for a whole network, and tensor_parallel splits it; "
+            "set another dtype, or tensor_parallel: 1"
+        )
     if device.type != "cpu":
-        if is_packed or config.kernels == "compiled":
-            what = f"dtype {asked}" if is_packed else "kernels compiled"
-            raise SetupError(f"model {name!r} asks for {what}, which is for device cpu; it runs on {device}")
-        return TorchStorage(_gpu_dtype(device) if asked == "auto" else getattr(torch, asked))
-    cause = _no_kernels(config, checkpoint)
+        if config.kernels == "compiled":
+            raise SetupError(f"model {name!r} asks for kernels compiled, which are for device cpu; it runs on {device}")
+        if asked == "float8":
+            _check_float8(name, device)
+        return _torch_storage(asked, _gpu_dtype(device))
+    cause = _no_kernels(config, asked, checkpoint)
     if cause is None:
         is_half = checkpoint.dtype in (torch.bfloat16, torch.float16)
         # float16 holds what a 16-bit checkpoint has, and halves what a token must read.
         kind = ("float16" if is_half else "float32") if asked == "auto" else asked
         return NativeStorage(kind, checkpoint.dtype if is_half else torch.float32)
-    if is_packed or config.kernels == "compiled":
-        what = f"dtype {asked}" if is_packed else "kernels compiled"
+    if config.kernels == "compiled":
         raise SetupError(
-            f"model {name!r} asks for {what}, and there are no compiled kernels: {cause}; "
+            f"model {name!r} asks for kernels compiled, and there are none for it: {cause}; "
             "mend that, or set dtype: auto and kernels: auto"
         )
     if config.kernels == "auto":
         logger.info("model %r: runs on plain torch, for there are no compiled kernels: %s", name, cause)
     # Without instructions for it, a CPU is far slower in bfloat16.
-    return TorchStorage(torch.float32 if asked == "auto" else getattr(torch, asked))
+    return _torch_storage(asked, torch.float32)
 
 
-def _no_kernels(config: ModelConfig, checkpoint: Checkpoint) -> str | None:
+def _torch_storage(asked: str, default: torch.dtype) -> TorchStorage:
+    if asked in KINDS:
+        return TorchStorage(default, asked)
+    return TorchStorage(default if asked == "auto" else getattr(torch, asked))
+
+
+def _no_kernels(config: ModelConfig, dtype: str, checkpoint: Checkpoint) -> str | None:
     """Why the compiled kernels cannot run this model; None where they can."""
     if config.tensor_parallel > 1:
         return "they run a whole network, and tensor_parallel splits it"
     if config.kernels == "plain":
         return "the distribution says kernels: plain"
-    if config.dtype == "bfloat16":
+    if dtype == "bfloat16":
         return "they have no bfloat16; float16 holds the same weights"
+    if dtype == "float8":
+        return "they have no float8; int8 takes as much memory"
     if not supports(checkpoint.config):
         return f"they have no heads wider than {WIDEST_HEAD}; this checkpoint's are {checkpoint.config.head_dim}"
     try:
@@ -222,6 +239,16 @@ def _gpu_dtype(device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
+def _check_float8(name: str, device: torch.device) -> None:
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _FLOAT8_CAPABILITY:
+        raise SetupError(
+            f"model {name!r} asks for dtype float8, which takes a GPU of compute capability "
+            f"{_FLOAT8_CAPABILITY[0]}.{_FLOAT8_CAPABILITY[1]} or more; {device} has {capability[0]}.{capability[1]}; "
+            "set dtype: int8"
+        )
+
+
 def _runner(opened: OpenModel, checkpoint: Checkpoint, storage: Storage, rank: Rank | None) -> Runner:
     plan = opened.plan
     if isinstance(storage, NativeStorage):
@@ -231,7 +258,7 @@ def _runner(opened: OpenModel, checkpoint: Checkpoint, storage: Storage, rank: R
         except ValueError as error:
             raise SetupError(f"model {opened.name!r}: {error}") from error
     assert isinstance(storage, TorchStorage)
-    model = load_model(checkpoint, device=opened.device, dtype=storage.dtype, rank=rank)
+    model = load_model(checkpoint, device=opened.device, dtype=storage.dtype, rank=rank, rounding=storage.rounding)
     return TorchRunner(model, blocks=plan.blocks, rank=rank)
 
 

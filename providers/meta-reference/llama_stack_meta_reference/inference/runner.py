@@ -20,6 +20,7 @@ from ..llama.config import LlamaConfig
 from ..llama.lora import LoraAdapter
 from ..llama.model import Attention, Llama
 from ..llama.parallel import Rank
+from ..llama.quantize import empty_rounded
 from .adapters import Adapters
 from .batch import Batch
 from .kv_cache import BLOCK_TOKENS, cache_bytes
@@ -91,22 +92,30 @@ class Storage(Protocol):
 
 @dataclass(frozen=True)
 class TorchStorage:
-    """Weights and cache in one type of torch's."""
+    """Weights and cache in one type of torch's, or the matrices rounded to fewer bits."""
 
     dtype: torch.dtype
+    rounding: str | None = None
+    """One of ``quantize.KINDS``, or None for matrices in ``dtype`` too."""
 
     @property
     def name(self) -> str:
         """As ``float32``."""
-        return str(self.dtype).removeprefix("torch.")
+        return self.rounding or str(self.dtype).removeprefix("torch.")
 
     def weight_bytes(self, config: LlamaConfig) -> int:
         """See ``Storage``."""
-        return config.parameter_count * self.dtype.itemsize
+        if self.rounding is None:
+            return config.parameter_count * self.dtype.itemsize
+        model = empty_rounded(config, self.rounding, device="meta", dtype=self.dtype)
+        return sum(weight.nbytes for weight in model.state_dict().values())
 
     def loading_bytes(self, config: LlamaConfig) -> int:
-        """See ``Storage``."""
-        return self.weight_bytes(config)
+        """See ``Storage``: beside the rounded weights there is one that is not yet."""
+        if self.rounding is None:
+            return self.weight_bytes(config)
+        largest = config.dim * max(config.vocab_size, config.ffn_dim, config.n_heads * config.head_dim)
+        return self.weight_bytes(config) + largest * self.dtype.itemsize
 
     def cache_bytes_per_token(self, config: LlamaConfig) -> int:
         """See ``Storage``."""

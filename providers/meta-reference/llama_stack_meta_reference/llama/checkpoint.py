@@ -29,6 +29,8 @@ from .config import LlamaConfig
 from .meta_shards import MetaShards
 from .model import Llama
 from .parallel import Rank, empty_part
+from .quantize import RoundedLinear, empty_rounded, stored_matrices
+from .rounded_weights import RoundedWeights, described, stored_kind
 from .safetensors_weights import SafetensorsWeights, hugging_face_name
 
 _LARGEST_JSON_BYTES = 2_000_000
@@ -52,6 +54,8 @@ class Checkpoint:
     tokenizer_file: Path | None
     eos_ids: tuple[int, ...]
     """Token ids that end a generation, as the folder states them; empty when it states none."""
+    rounding: str | None
+    """Which of ``quantize.KINDS`` its matrices are; None where they are in ``dtype`` too."""
     remarks: tuple[str, ...]
     """What an operator should know about how the folder was read, such as a choice between two layouts in it."""
 
@@ -76,32 +80,57 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def load_model(
-    checkpoint: Checkpoint, *, device: torch.device | str, dtype: torch.dtype, rank: Rank | None = None
+    checkpoint: Checkpoint,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    rank: Rank | None = None,
+    rounding: str | None = None,
 ) -> Llama:
     """Return the network with the checkpoint's weights, converted to ``dtype``, in memory of its own on ``device``.
 
-    With a ``rank``, which has joined the others, it is that rank's part, whatever shards the checkpoint has.
+    With a ``rank``, which has joined the others, it is that rank's part, whatever shards the checkpoint has. With a
+    ``rounding``, one of ``quantize.KINDS``, matrices are rounded to that instead; there is no rank then.
 
     Weights go one at a time: the peak is the network and one weight. Nothing stays mapped, so a file that changes later
     cannot change or crash a running network. Raises CheckpointError when the files are no longer what
     ``open_checkpoint`` saw, and for a weight that is not finite in ``dtype``: every answer would be noise.
     """
     config = checkpoint.config
-    weights = _open_weights(checkpoint.layout, checkpoint.weight_files)
+    weights = _open_weights(checkpoint.layout, checkpoint.weight_files, config, checkpoint.rounding)
     _check_weights(checkpoint.folder, weights, config)
-    if rank is None:
-        model = Llama(config, device="meta", dtype=dtype).to_empty(device=device)
-    else:
+    if rank is not None:
         model = empty_part(config, device=device, dtype=dtype)
-    shapes = {name: weight.shape for name, weight in _parameters(config)}
+    elif rounding is not None:
+        model = empty_rounded(config, rounding, device=device, dtype=dtype)
+    else:
+        model = Llama(config, device="meta", dtype=dtype).to_empty(device=device)
     try:
         with torch.no_grad():
-            for name, weight in model.named_parameters():
-                whole = weight if rank is None else torch.empty(shapes[name], dtype=dtype)
+            for name, shape in _shapes(config).items():
+                owner = model.get_submodule(name.removesuffix(".weight"))
+                if (
+                    isinstance(owner, RoundedLinear)
+                    and isinstance(weights, RoundedWeights)
+                    and weights.kind == rounding
+                ):
+                    weights.restore(name, owner, config)
+                    _check_finite(checkpoint, weights.stored_name(name), owner.dense(dtype))
+                    continue
+                is_in_place = rank is None and not isinstance(owner, RoundedLinear)
+                whole = owner.weight if is_in_place else torch.empty(shape, dtype=dtype)
+                assert isinstance(whole, Tensor)
                 weights.copy_into(name, whole, config)
                 _check_finite(checkpoint, weights.stored_name(name), whole)
-                if rank is not None:
-                    weight.copy_(rank.part(name, whole))
+                if isinstance(owner, RoundedLinear):
+                    owner.fill(whole)
+                elif rank is not None:
+                    assert isinstance(owner.weight, Tensor)
+                    owner.weight.copy_(rank.part(name, whole))
+            if config.tied_embeddings and rounding is not None:
+                head = model.get_submodule("output")
+                assert isinstance(head, RoundedLinear)
+                head.fill(model.tok_embeddings.weight)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{checkpoint.folder}: changed while it was read: {_reason(error)}") from None
     return model
@@ -117,9 +146,9 @@ def save_hugging_face(
 ) -> None:
     """Write ``config.json``, ``model.safetensors`` and, with ``eos_ids``, ``generation_config.json`` into ``folder``.
 
-    Weights are stored in ``dtype``, by default the model's. The folder is made if needed; a model in this layout that
-    is in it is replaced. Its ``config.json`` goes first and the new one comes last, so a save that was cut off leaves
-    a folder that is refused, never one with old and new files mixed.
+    Weights are stored in ``dtype``, by default the model's, and rounded matrices as they are. The folder is made if
+    needed; a model in this layout that is in it is replaced. Its ``config.json`` goes first and the new one comes last,
+    so a save that was cut off leaves a folder that is refused, never one with old and new files mixed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "generation_config.json", _HUGGING_FACE_INDEX):
@@ -129,14 +158,21 @@ def save_hugging_face(
         hugging_face_name(name): weight.detach().to("cpu", stored_dtype).contiguous()
         for name, weight in model.named_parameters()
     }
+    rounding = None
+    for matrix_name, matrix in stored_matrices(model).items():
+        rounding = matrix.kind
+        for name, kept in matrix.named_buffers(prefix=matrix_name):
+            tensors[hugging_face_name(name)] = kept.cpu()
     aside = folder / f"{_HUGGING_FACE_WHOLE}.part"
     save_file(tensors, aside, metadata={"format": "pt"})
     _settle(aside, folder / _HUGGING_FACE_WHOLE)
     token_ids: dict[str, Any] = {"bos_token_id": bos_id, "eos_token_id": list(eos_ids) or None}
     if eos_ids:
         _write_json(folder / "generation_config.json", token_ids)
-    described = model.config.to_hugging_face() | token_ids | {"torch_dtype": str(stored_dtype).removeprefix("torch.")}
-    _write_json(folder / "config.json", described)
+    values = model.config.to_hugging_face() | token_ids | {"torch_dtype": str(stored_dtype).removeprefix("torch.")}
+    if rounding is not None:
+        values["quantization_config"] = described(rounding)
+    _write_json(folder / "config.json", values)
 
 
 class _Weights(Protocol):
@@ -170,9 +206,12 @@ def _open(folder: Path) -> Checkpoint:
 
 def _open_hugging_face(folder: Path, remarks: Sequence[str]) -> Checkpoint:
     raw_config = read_json(inside(folder, "config.json"))
+    rounding = stored_kind(raw_config)
+    if rounding is not None:
+        del raw_config["quantization_config"]
     config = LlamaConfig.from_hugging_face(raw_config)
     files = _hugging_face_files(folder)
-    weights = _open_weights("hugging_face", files)
+    weights = _open_weights("hugging_face", files, config, rounding)
     _check_weights(folder, weights, config)
     generation: Mapping[str, Any] = {}
     if (folder / "generation_config.json").exists():
@@ -185,6 +224,7 @@ def _open_hugging_face(folder: Path, remarks: Sequence[str]) -> Checkpoint:
         weight_files=files,
         tokenizer_file=_tokenizer_file([folder, folder / "original"]),
         eos_ids=_eos_ids(folder, generation) or _eos_ids(folder, raw_config),
+        rounding=rounding,
         remarks=tuple(remarks),
     )
 
@@ -208,7 +248,7 @@ def _hugging_face_files(folder: Path) -> tuple[Path, ...]:
 def _open_meta(home: Path, homes: Sequence[Path]) -> Checkpoint:
     params = read_json(inside(home, "params.json"))
     files = _meta_files(home)
-    weights = _open_weights("meta", files)
+    weights = MetaShards(files)
     config = LlamaConfig.from_meta(params, tied_embeddings="output.weight" not in weights.names)
     _check_weights(home, weights, config)
     remarks = [] if home == homes[0] else [f"read from {home}"]
@@ -227,6 +267,7 @@ def _open_meta(home: Path, homes: Sequence[Path]) -> Checkpoint:
         weight_files=files,
         tokenizer_file=_tokenizer_file([home, *homes]),
         eos_ids=(),
+        rounding=None,
         remarks=tuple(remarks),
     )
 
@@ -247,13 +288,17 @@ def _meta_files(home: Path) -> tuple[Path, ...]:
     return tuple(inside(home, name) for name in names)
 
 
-def _open_weights(layout: Literal["meta", "hugging_face"], files: Sequence[Path]) -> _Weights:
+def _open_weights(
+    layout: Literal["meta", "hugging_face"], files: Sequence[Path], config: LlamaConfig, rounding: str | None
+) -> _Weights:
+    if rounding is not None:
+        return RoundedWeights(files, config, rounding)
     return MetaShards(files) if layout == "meta" else SafetensorsWeights(files)
 
 
 def _check_weights(folder: Path, weights: _Weights, config: LlamaConfig) -> None:
     """Refuse a folder whose weights are not exactly those of its config."""
-    shapes = {name: tuple(weight.shape) for name, weight in _parameters(config)}
+    shapes = _shapes(config)
     missing = [weights.stored_name(name) for name in shapes if name not in weights.names]
     # A tied output may be stored as well; the embeddings stand for it.
     tolerated = {"output.weight"} if config.tied_embeddings else set()
@@ -274,8 +319,10 @@ def _check_finite(checkpoint: Checkpoint, stored_name: str, weight: Tensor) -> N
         )
 
 
-def _parameters(config: LlamaConfig) -> list[tuple[str, Tensor]]:
-    return list(Llama(config, device="meta", dtype=torch.float32).named_parameters())
+def _shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of each weight of the network, by its name."""
+    weights = Llama(config, device="meta", dtype=torch.float32).named_parameters()
+    return {name: tuple(weight.shape) for name, weight in weights}
 
 
 def inside(folder: Path, name: str) -> Path:

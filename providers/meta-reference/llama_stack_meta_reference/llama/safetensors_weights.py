@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ _DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -40,6 +41,8 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""The types of weights that are what they stand for."""
 
 # model.py's part of a name -> Hugging Face's.
 _NAMES = {
@@ -72,8 +75,9 @@ def hugging_face_name(name: str) -> str:
 class SafetensorsWeights:
     """The tensors of one or more safetensors files, by model.py's names; a name that has none stays as it is."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        """Read the headers. Raises CheckpointError for a bad one, a tensor given twice or one that is not of floats."""
+    def __init__(self, paths: Sequence[Path], *, has_rounded: bool = False) -> None:
+        """Read the headers. Raises CheckpointError for a bad one, a tensor given twice and one that is not of floats,
+        unless there ``has_rounded`` ones."""
         self._entries: dict[str, TensorEntry] = {}
         self._files: dict[str, Path] = {}
         for path in paths:
@@ -83,7 +87,7 @@ class SafetensorsWeights:
                 name = model_name(stored_name)
                 if name in self._files:
                     raise CheckpointError(f"{path}: {stored_name} stands in {self._files[name].name} too")
-                if not entry.dtype.is_floating_point:
+                if not has_rounded and entry.dtype not in FLOATS:
                     raise CheckpointError(f"{path}: {stored_name} is {entry.dtype}; weights must be floating-point")
                 self._entries[name], self._files[name] = entry, path
         self.names = frozenset(self._entries)
@@ -103,6 +107,15 @@ class SafetensorsWeights:
             raise CheckpointError(
                 f"{self._files[name]}: {hugging_face_name(name)} has shape {list(found)}; "
                 f"config.json needs {list(shape)}"
+            )
+
+    def check_dtype(self, name: str, possible: Collection[torch.dtype]) -> None:
+        """Raise CheckpointError unless a weight is stored in one of these types."""
+        found = self._entries[name].dtype
+        if found not in possible:
+            raise CheckpointError(
+                f"{self._files[name]}: {hugging_face_name(name)} is {found}; "
+                f"config.json needs {' or '.join(map(str, possible))}"
             )
 
     def copy_into(self, name: str, weight: Tensor, config: LlamaConfig) -> None:

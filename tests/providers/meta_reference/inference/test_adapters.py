@@ -23,7 +23,9 @@ from llama_stack_meta_reference.inference.sampler import Choice
 from llama_stack_meta_reference.inference.workers import Workers
 from llama_stack_meta_reference.llama.checkpoint import load_model, open_checkpoint
 from llama_stack_meta_reference.llama.lora import load_adapter
-from torch import Tensor
+from llama_stack_meta_reference.llama.quantize import KINDS as QUANTIZED
+from llama_stack_meta_reference.llama.quantize import RoundedLinear
+from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from llama_stack.apis.common import SamplingParams
@@ -124,6 +126,30 @@ def test_one_step_runs_each_sequence_through_its_own_adapter_as_peft_does(
     few_V = runner.run(Batch(PROMPTS[2], [0], [2], [[0]], [1], [2]))[0, :VOCABULARY]
     assert torch.allclose(few_V, expected[2], atol=1e-4)
     runner.close()
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_adapters_add_to_rounded_weights_as_they_do_to_floats(folders: Path, kind: str) -> None:
+    """An adapter stays in floats: beside a rounded base it adds what it adds beside that base in floats."""
+    rounded = load_model(open_checkpoint(folders / "base"), device="cpu", dtype=torch.float32, rounding=kind)
+    same = load_model(open_checkpoint(folders / "base"), device="cpu", dtype=torch.float32)
+    with torch.no_grad():
+        for name, module in same.named_modules():
+            if isinstance(module, nn.Linear):
+                twin = rounded.get_submodule(name)
+                assert isinstance(twin, RoundedLinear)
+                module.weight.copy_(twin.dense(torch.float32))
+    found, expected = (_first_step(TorchRunner(model, blocks=8), folders / "every") for model in (rounded, same))
+    error = (found - expected).norm() / expected.norm()
+    assert error < (0.1 if kind == "float8" else 1e-5), "only float8 rounds what goes into a product too"
+    assert (found[0] - found[1]).abs().max() > 0.5, "the adapter adds something"
+
+
+def _first_step(runner: Runner, adapter: Path) -> Tensor:
+    """The logits after one prompt through the adapter and without it."""
+    runner.add_adapter(1, load_adapter(adapter, runner.config))
+    prompt = PROMPTS[0]
+    return runner.run(Batch([*prompt, *prompt], [0, 0], [5, 5], [[0], [1]], [4, 9], [1, 0])).clone()
 
 
 def test_two_ranks_run_adapters_as_one_process_does(folders: Path, expected: list[Tensor]) -> None:

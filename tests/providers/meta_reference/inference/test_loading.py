@@ -6,16 +6,20 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 from llama_stack_meta_reference.config import ModelConfig
 from llama_stack_meta_reference.inference import loading
+from llama_stack_meta_reference.inference.batch import Batch
 from llama_stack_meta_reference.inference.loading import open_model
 from llama_stack_meta_reference.inference.native_runner import NativeStorage
 from llama_stack_meta_reference.inference.runner import TorchStorage
-from llama_stack_meta_reference.llama.checkpoint import save_hugging_face
+from llama_stack_meta_reference.inference.sampler import Choice
+from llama_stack_meta_reference.llama.checkpoint import load_model, save_hugging_face
 from llama_stack_meta_reference.llama.model import Llama
+from llama_stack_meta_reference.llama.quantize import KINDS
 from llama_stack_meta_reference.native.library import KernelsUnavailableError
 
 from llama_stack.errors import SetupError
@@ -104,15 +108,42 @@ def test_a_cpu_packs_a_checkpoint_as_what_it_was_stored_as(tmp_path: Path, store
     assert loaded.storage == NativeStorage(kind, stored)
 
 
-def test_int8_without_kernels_is_refused_with_the_cause(
+def test_compiled_kernels_that_are_not_to_be_had_are_refused_with_the_cause(
     worded_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Plain torch would take several times the memory that was asked for."""
+    """Who asks for them by name has a speed in mind that plain torch has not."""
     monkeypatch.setattr(loading, "library", _no_library)
-    for asked in ({"dtype": "int8"}, {"kernels": "compiled"}):
-        config = ModelConfig.model_validate({"checkpoint": str(worded_checkpoint), "device": "cpu"} | asked)
-        with pytest.raises(SetupError, match="no compiled kernels: no C\\+\\+ compiler is installed.*dtype: auto"):
-            open_model("m", config)
+    config = ModelConfig(checkpoint=str(worded_checkpoint), device="cpu", kernels="compiled")
+    with pytest.raises(SetupError, match="none for it: no C\\+\\+ compiler is installed.*kernels: auto"):
+        open_model("m", config)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rounded_weights_run_on_plain_torch_in_the_memory_that_was_planned(
+    worded_checkpoint: Path, kind: Literal["int8", "int4", "float8"]
+) -> None:
+    """On any device, without a compiler; never as the floats that they are made of."""
+    config = ModelConfig(checkpoint=str(worded_checkpoint), device="cpu", dtype=kind, kernels="plain")
+    opened = open_model("m", config)
+    assert opened.storage == TorchStorage(torch.float32, kind)
+    assert opened.facts.dtype == kind
+    model = load_model(opened.checkpoint, device="cpu", dtype=torch.float32, rounding=kind)
+    assert opened.plan.weight_bytes == sum(weight.nbytes for weight in model.state_dict().values())
+    assert opened.plan.loading_bytes == opened.plan.weight_bytes + 856 * 64 * 4
+    executor = opened.load(WORDED.vocab_size)
+    assert None not in executor.execute(Batch([1, 2, 3], [0], [3], [[0]], [2]), [Choice()])
+    executor.close()
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9)])
+def test_float8_takes_a_gpu_that_multiplies_it(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    """An older one would fail in its first step."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    if capability == (8, 9):
+        loading._check_float8("m", torch.device("cuda:0"))
+        return
+    with pytest.raises(SetupError, match=r"compute capability 8\.9 or more; cuda:0 has 8\.0; set dtype: int8"):
+        loading._check_float8("m", torch.device("cuda:0"))
 
 
 def test_without_a_compiler_a_model_runs_on_plain_torch_and_says_why(

@@ -404,7 +404,7 @@ def span(start: int, end: int, shape: Any = (1,), dtype: Any = "F32") -> dict[st
         ({"__metadata__": {"format": ["pt"]}}, 0, None, r"__metadata__ in the header must map"),
         ({"a": 1}, 0, None, r"must give dtype, shape and data_offsets"),
         ({"a": span(0, 4) | {"more": 1}}, 4, None, r"must give dtype, shape and data_offsets"),
-        ({"a": span(0, 4, dtype="F8_E4M3")}, 4, None, r"unknown dtype 'F8_E4M3'"),
+        ({"a": span(0, 4, dtype="F8_E5M2")}, 4, None, r"unknown dtype 'F8_E5M2'"),
         ({"a": span(0, 4, dtype=["F32"])}, 4, None, r"unknown dtype"),
         ({"a": span(0, 4, shape=[-1])}, 4, None, r"shape must be up to 8 whole numbers"),
         ({"a": span(0, 4, shape=[True])}, 4, None, r"shape must be up to 8 whole numbers"),
