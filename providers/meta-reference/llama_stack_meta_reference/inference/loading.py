@@ -23,6 +23,7 @@ from .draft_network import DraftNetwork
 from .executor import ModelFacts
 from .kv_cache import BLOCK_TOKENS
 from .local_executor import LocalExecutor
+from .measuring import fastest_type
 from .memory_plan import MemoryPlan, available_memory, memory_plan
 from .native_runner import NativeRunner, NativeStorage, supports
 from .runner import Runner, Storage, TorchRunner, TorchStorage
@@ -32,6 +33,7 @@ logger = logging.getLogger("llama_stack.meta_reference.loading")
 # How much of the free memory weights and cache may take when the configuration does not fix them: a step needs
 # some, and a CPU's memory is not ours alone.
 _SHARE = {"cuda": 0.9, "cpu": 0.5}
+_HALVES = (torch.bfloat16, torch.float16)
 _FLOAT8_CAPABILITY = (8, 9)
 """Of the first GPUs that multiply float8: Ada and Hopper."""
 
@@ -194,9 +196,9 @@ def _storage(name: str, config: ModelConfig, checkpoint: Checkpoint, device: tor
         return _torch_storage(asked, _gpu_dtype(device))
     cause = _no_kernels(config, asked, checkpoint)
     if cause is None:
-        is_half = checkpoint.dtype in (torch.bfloat16, torch.float16)
+        is_half = checkpoint.dtype in _HALVES
         # float16 holds what a 16-bit checkpoint has, and halves what a token must read.
-        kind = ("float16" if is_half else "float32") if asked == "auto" else asked
+        kind = _chosen(name, checkpoint, "float16", compiled=True) if asked == "auto" else asked
         return NativeStorage(kind, checkpoint.dtype if is_half else torch.float32)
     if config.kernels == "compiled":
         raise SetupError(
@@ -205,8 +207,17 @@ def _storage(name: str, config: ModelConfig, checkpoint: Checkpoint, device: tor
         )
     if config.kernels == "auto":
         logger.info("model %r: runs on plain torch, for there are no compiled kernels: %s", name, cause)
-    # Without instructions for it, a CPU is far slower in bfloat16.
-    return _torch_storage(asked, torch.float32)
+    half = str(checkpoint.dtype).removeprefix("torch.")
+    return _torch_storage(_chosen(name, checkpoint, half, compiled=False) if asked == "auto" else asked, torch.float32)
+
+
+def _chosen(name: str, checkpoint: Checkpoint, half: str, *, compiled: bool) -> str:
+    """The type for a CPU's weights: float32, or for a 16-bit checkpoint ``half``, unless that is slower here."""
+    if checkpoint.dtype not in _HALVES:
+        return "float32"
+    found, measured = fastest_type(half, "float32", compiled=compiled)
+    logger.info("model %r: weights in %s, for on this CPU a matrix takes %s", name, found, measured)
+    return found
 
 
 def _torch_storage(asked: str, default: torch.dtype) -> TorchStorage:

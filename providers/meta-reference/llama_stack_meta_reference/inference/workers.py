@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -181,9 +181,10 @@ class Workers:
                     self._end()
                 else:
                     return
-            # The engine's books are made for this cache; a plan for less would not do.
-            cache_tokens = self.facts.blocks * self.facts.block_tokens
-            self._start(context_tokens=self.facts.context, cache_tokens=cache_tokens)
+            # The engine's books are made for this cache; a plan for less would not do. Nor would another type fit it.
+            facts = self.facts
+            cache_tokens = facts.blocks * facts.block_tokens
+            self._start(context_tokens=facts.context, cache_tokens=cache_tokens, dtype=facts.dtype)
             self._ask(Kind.LOAD, _json({"vocabulary": self._vocabulary}))
             for adapter, folder in self._adapters.items():
                 try:
@@ -208,7 +209,7 @@ class Workers:
             self._end()
         self._starter.shutdown()
 
-    def _start(self, **settled: int) -> ModelFacts:
+    def _start(self, **settled: int | str) -> ModelFacts:
         """Start all processes and let each plan, with what is ``settled`` of the plan already."""
         ranks = self._ranks
         if ranks > 1:  # a folder that only its owner can enter
@@ -216,8 +217,10 @@ class Workers:
         self._starter.submit(self._start_processes, ranks).result()
         facts = self._open(settled)
         blocks, context = min(one.blocks for one in facts), min(one.context for one in facts)
-        if any((one.blocks, one.context) != (blocks, context) for one in facts):
-            facts = self._open({"context_tokens": context, "cache_tokens": blocks * facts[0].block_tokens})
+        dtype = facts[0].dtype  # which may have been measured, and must be one
+        if any((one.blocks, one.context, one.dtype) != (blocks, context, dtype) for one in facts):
+            cache_tokens = blocks * facts[0].block_tokens
+            facts = self._open({"context_tokens": context, "cache_tokens": cache_tokens, "dtype": dtype})
         return replace(
             facts[0],
             device=",".join(dict.fromkeys(one.device for one in facts)),
@@ -242,7 +245,7 @@ class Workers:
                 self._workers.append(_Worker(rank, process, Connection(ours)))
                 self._poll.register(ours, select.POLLIN)
 
-    def _open(self, settled: dict[str, int]) -> list[ModelFacts]:
+    def _open(self, settled: Mapping[str, int | str]) -> list[ModelFacts]:
         """Let each process look at the checkpoint and plan."""
         asked: dict[str, Any] = {
             "name": self._name,

@@ -11,7 +11,7 @@ from typing import Literal
 import pytest
 import torch
 from llama_stack_meta_reference.config import ModelConfig
-from llama_stack_meta_reference.inference import loading
+from llama_stack_meta_reference.inference import loading, measuring
 from llama_stack_meta_reference.inference.batch import Batch
 from llama_stack_meta_reference.inference.loading import open_model
 from llama_stack_meta_reference.inference.native_runner import NativeStorage
@@ -98,14 +98,39 @@ def test_the_dtype_that_is_asked_for_is_used(worded_checkpoint: Path, dtype: str
 
 @NEEDS_KERNELS
 @pytest.mark.parametrize(("stored", "kind"), [(torch.float32, "float32"), (torch.bfloat16, "float16")])
-def test_a_cpu_packs_a_checkpoint_as_what_it_was_stored_as(tmp_path: Path, stored: torch.dtype, kind: str) -> None:
+def test_a_cpu_packs_a_checkpoint_as_what_it_was_stored_as(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: torch.dtype, kind: str
+) -> None:
     """What a 16-bit checkpoint holds, float16 holds too, in half the memory that every token must read."""
+    monkeypatch.setattr(loading, "fastest_type", lambda half, whole, *, compiled: (half, "measured"))
     model = Llama(WORDED, device="cpu", dtype=stored)
     model.initialize()
     save_hugging_face(model, tmp_path, eos_ids=[7])
     small_tokenizer.write_hugging_face(tmp_path)
     loaded = open_model("m", ModelConfig(checkpoint=str(tmp_path), device="cpu"))
     assert loaded.storage == NativeStorage(kind, stored)
+
+
+@pytest.mark.parametrize("kernels", ["plain", pytest.param("compiled", marks=NEEDS_KERNELS)])
+@pytest.mark.parametrize("is_half_slow", [True, False])
+def test_a_cpu_that_is_slow_in_sixteen_bits_takes_float32_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kernels: str, is_half_slow: bool
+) -> None:
+    """By measuring: the names of types and processors do not tell."""
+    caplog.set_level(logging.INFO)
+    model = Llama(WORDED, device="cpu", dtype=torch.bfloat16)
+    model.initialize()
+    save_hugging_face(model, tmp_path)
+    small_tokenizer.write_hugging_face(tmp_path)
+    half = "float16" if kernels == "compiled" else "bfloat16"
+    monkeypatch.setattr(measuring, "measure", lambda works: {half: 0.1 if is_half_slow else 0.001, "float32": 0.001})
+    measuring.fastest_type.cache_clear()
+    config = ModelConfig.model_validate({"checkpoint": str(tmp_path), "device": "cpu", "kernels": kernels})
+    found = "float32" if is_half_slow else half
+    assert open_model("m", config).storage.name == found
+    assert f"weights in {found}, for on this CPU a matrix takes" in caplog.text
+    assert "1.00 ms in float32" in caplog.text
+    measuring.fastest_type.cache_clear()
 
 
 def test_compiled_kernels_that_are_not_to_be_had_are_refused_with_the_cause(
