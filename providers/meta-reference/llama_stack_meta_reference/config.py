@@ -52,8 +52,8 @@ class ModelConfig(Config):
     """``cpu``, ``cuda``, ``cuda:N``, or ``auto``: a GPU where there is one, else the CPU. A GPU that is asked for and
     is not there is an error."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "int4", "float8"] = "auto"
-    """The type of the weights. ``auto`` is bfloat16 on a GPU that has it; on a CPU float32, or for a 16-bit checkpoint 16
-    bits, unless those are slower: the start measures it. ``float8`` is for GPUs of compute capability 8.9 or more."""
+    """The type of the weights. ``auto`` is bfloat16 on a GPU that has it; on a CPU float32, or for a 16-bit
+    checkpoint 16 bits, unless those are slower: the start measures it. ``float8`` is for GPUs of compute capability 8.9 or more."""
     kernels: Literal["auto", "compiled", "plain"] = "auto"
     """What runs a model on a CPU: kernels compiled on this machine at the first start, or plain torch. ``auto`` takes
     compiled ones where a C++ compiler is installed; ``compiled`` is an error where there is none."""
