@@ -24,11 +24,14 @@ from .apis.contract import Api
 from .apis.models import Models
 from .distribution import Distribution
 from .errors import (
+    CheckpointError,
     ContractMismatchError,
     NotProvidedError,
     ProviderStartError,
     ProviderUnavailableError,
     StackError,
+    StoreError,
+    StoreUnavailableError,
     UnavailableError,
 )
 from .plugins import FaceSpec, ProviderSpec
@@ -261,7 +264,7 @@ class Stack:
                 was_up, is_first = instance.is_running, not instance.settled.is_set()
                 what = "broke down" if was_up else "did not start"
                 instance.started, instance.state, instance.error = None, State.FAILED, error
-                instance.reason = error.detail if isinstance(error, StackError) else f"it {what}; see the server's log"
+                instance.reason = _reason(error) or f"it {what}; see the server's log"
                 instance.settled.set()
                 if is_first and not instance.is_optional:
                     return
@@ -377,6 +380,13 @@ def _is_cancelled() -> bool:
     """Whether somebody cancelled this task, other than a library that let its own cancellation out."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
+
+
+def _reason(error: BaseException) -> str | None:
+    """What clients read of it. Paths and hosts, which errors about checkpoints and stores name, are the operator's."""
+    if isinstance(error, CheckpointError | StoreError | StoreUnavailableError):
+        return f"{error.title.lower()}; see the server's log"
+    return error.detail if isinstance(error, StackError) else None
 
 
 def _cause(error: BaseException) -> str:

@@ -110,6 +110,7 @@ class Connection:
         """Status and body of a GET on a path that belongs to no contract, such as ``/health/ready``."""
         key = f"GET {path}"
         async with self._deadline(key), self._answer(key, _JSON, {}, None) as answer:
+            self._refuse_redirect(answer, key)
             data = await self._whole(answer, key, self._max_bytes)
         return answer.status_code, self._read(_JSON_VALUE, data, key)
 
@@ -172,10 +173,8 @@ class Connection:
 
     async def _refuse(self, answer: httpx2.Response, key: str, media_type: str | None) -> None:
         """Raise what an answer says that is no success; ``media_type`` is what a success must be."""
+        self._refuse_redirect(answer, key)
         request_id = answer.headers.get("x-request-id")
-        if answer.is_redirect:
-            target = answer.headers.get("location", "nowhere")
-            raise UpstreamError(f"{self._name} redirects {key} to {target}; use that address", request_id=request_id)
         if not answer.is_success:
             data = await self._whole(answer, key, _MAX_PROBLEM_BYTES)
             retry_after = answer.headers.get("retry-after", "")
@@ -192,6 +191,14 @@ class Connection:
         encoding = answer.headers.get("content-encoding", "identity")
         if encoding != "identity":
             raise UpstreamError(f"{self._name} answered {key} in the encoding {encoding!r}, which was not asked for")
+
+    def _refuse_redirect(self, answer: httpx2.Response, key: str) -> None:
+        if answer.is_redirect:
+            where = f" to {answer.headers.get('location', 'nowhere')}" if self._shows_hosts else ""
+            raise UpstreamError(
+                f"{self._name} redirects {key}{where}; use the address that it names",
+                request_id=answer.headers.get("x-request-id"),
+            )
 
     async def _whole(self, answer: httpx2.Response, key: str, max_bytes: int) -> bytes:
         data = bytearray()
@@ -212,8 +219,12 @@ class Connection:
             ) from None
 
     def _because(self, error: httpx2.HTTPError | httpx2.InvalidURL) -> str:
-        """The cause, unless it goes to people who are not to know which host is meant."""
-        return f": {str(error) or type(error).__name__}" if self._name == self._base_url else ""
+        return f": {str(error) or type(error).__name__}" if self._shows_hosts else ""
+
+    @property
+    def _shows_hosts(self) -> bool:
+        """Whether errors go to people who know which host is meant."""
+        return self._name == self._base_url
 
 
 def _encode(operation: Operation, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str], bytes | None]:

@@ -142,16 +142,14 @@ class Exchange:
     def check_headers(self) -> None:
         """Refuse headers that leave open what is meant, and arm the deadline that the client gives.
 
-        Raises ``RequestError`` for a header that may come once and came twice, or for two ways of framing the body,
-        and ``InvalidRequestError`` for a deadline that is no number of milliseconds up to ``MAX_DEADLINE_MS``.
+        Raises ``RequestError`` for a header that may come once and came twice, and ``InvalidRequestError`` for a
+        deadline that is no number of milliseconds up to ``MAX_DEADLINE_MS``.
         """
         if len(self.headers) != len(self.scope["headers"]):
             names = [name for name, _ in self.scope["headers"]]
             twice = [name.decode() for name in sorted(_ONCE_ONLY) if names.count(name) > 1]
             if twice:
                 raise RequestError(f"the header {twice[0]} is sent more than once")
-        if b"transfer-encoding" in self.headers and b"content-length" in self.headers:
-            raise RequestError("content-length and transfer-encoding are both sent; keep one")
         deadline = self.headers.get(b"x-deadline-ms")
         if deadline is not None:
             if not deadline.isdigit() or len(deadline) > 6 or not 0 < int(deadline) <= MAX_DEADLINE_MS:

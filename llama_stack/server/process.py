@@ -39,6 +39,9 @@ STOP_SECONDS = 3.0
 _THREADS = "blocking"
 _NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 """Why an address cannot be listened on that this machine does not have: localhost is ::1 also where IPv6 is off."""
+_UNSENT_BYTES = 128 * 1024
+"""What the kernel takes of an answer ahead of its client. With megabytes ahead, as is its way, a client that takes them
+slowly would look like one that takes nothing."""
 _GLANCE_SECONDS = 0.02
 """How often it is looked whether what is waited for, and does not tell, has come."""
 
@@ -170,6 +173,8 @@ def _bound(family: int, address: tuple[Any, ...]) -> socket.socket:
     bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio sets TCP_NODELAY only for these
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):  # what is accepted inherits it
+            bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
         if family == socket.AF_INET6:
             bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         bound.bind(address)

@@ -82,6 +82,9 @@ class LimitedConnection(h11.Connection):
             self._chunks = self._body_bytes = 0
             if event.http_version not in (b"1.1", b"1.0"):
                 self._refuse(RequestError("the request is of a version of HTTP that is not spoken here"))
+            names = [name for name, _ in event.headers]
+            if b"transfer-encoding" in names and b"content-length" in names:  # RFC 9112 section 6.1: answer and close
+                self._refuse(RequestError("content-length and transfer-encoding are both sent; keep one"))
             size = len(event.target) + sum([len(name) + len(value) + 4 for name, value in event.headers])
             if size > self._max_header_bytes:
                 self._refuse(HeadersTooLargeError(f"the headers are larger than {self._max_header_bytes} bytes"))

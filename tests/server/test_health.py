@@ -17,7 +17,15 @@ from prometheus_client.core import CounterMetricFamily, Metric
 
 from llama_stack.apis import Inference, NoConfig
 from llama_stack.distribution import Distribution
-from llama_stack.errors import NotFoundError, ProviderStartError, UpstreamError
+from llama_stack.errors import (
+    CheckpointError,
+    NotFoundError,
+    ProviderStartError,
+    StackError,
+    StoreError,
+    StoreUnavailableError,
+    UpstreamError,
+)
 from llama_stack.plugins import ProviderSpec, discover, hookimpl
 from llama_stack.registry import Registry
 from llama_stack.server import create_app
@@ -110,6 +118,29 @@ async def test_failed_optional_provider_is_listed_and_does_not_matter() -> None:
         document = problem_of(await client.post(CHAT_PATH, json=CHAT))
         assert document["error"]["code"] == "provider_unavailable"
         assert "the engine does not answer" in document["detail"]
+
+
+@pytest.mark.parametrize(
+    ("failure", "told"),
+    [
+        (CheckpointError("/srv/models/llama: no such folder"), "invalid checkpoint; see the server's log"),
+        (StoreError("/srv/state/store.sqlite cannot be opened"), "store cannot be used; see the server's log"),
+        (StoreUnavailableError("postgresql://db:5432/srv"), "store unavailable; see the server's log"),
+    ],
+)
+async def test_what_a_failed_start_says_of_this_machine_is_for_its_operator(
+    failure: StackError, told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Errors that name files are the operator's; a client has no use for a path (the error contract)."""
+    moody = Moody(failure)
+    moody.may_start.set()
+    async with running(moody.stack(optional=True)) as stack, client_of(stack) as client:
+        listed = (await client.get("/health/ready")).json()["providers"][0]
+        document = problem_of(await client.post(CHAT_PATH, json=CHAT))
+    assert listed["reason"] == told
+    assert told in document["detail"]
+    assert "/srv" not in document["detail"]
+    assert "/srv" in caplog.text
 
 
 @pytest.mark.parametrize("optional", [False, True])

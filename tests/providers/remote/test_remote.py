@@ -269,6 +269,15 @@ async def test_a_server_that_is_no_stack_is_refused(answer: Any) -> None:
                 pass
 
 
+async def test_a_far_server_that_redirects_is_refused_without_the_address_it_names() -> None:
+    """The operator has to name the right address; which hosts there are behind this one is nothing for clients."""
+    async with ScriptedServer(sent_whole(b"", None, status=307, location="http://inner.example/")) as server:
+        with pytest.raises(ProviderStartError, match="the remote stack redirects GET /providers/list") as caught:
+            async with running(near_stack(server.url)):
+                pass
+    assert "inner.example" not in str(caught.value)
+
+
 async def test_a_provider_that_is_not_up_over_there_is_not_up_here() -> None:
     """Or the near stack would say that it is ready and answer 503."""
     listed = b'[{"api": "inference", "provider": "x", "id": "x", "state": "failed", "reason": "r"}]'
