@@ -11,7 +11,7 @@ PROJECTS := $(wildcard providers/*/pyproject.toml)
 TORCH := torch==2.13.0
 ARGS ?=
 
-.PHONY: setup run test simulate kills lint tiny bench-server bench-footprint bench-engine bench-repeats clean help
+.PHONY: setup run test simulate kills lint tiny bench-server bench-footprint bench-engine bench-gpu bench-repeats clean help
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -46,6 +46,9 @@ bench-footprint: $(VENV)/.test ## what the core costs: install size, --help, a s
 
 bench-engine: $(VENV)/.test ## tokens a second of the engine, beside transformers and the machine's limits
 	@$(VENV)/bin/python benchmarks/engine.py $(ARGS)
+
+bench-gpu: $(VENV)/.test ## the engine on a GPU, beside what the GPU can do (ARGS="--shape tiny" runs anywhere)
+	@$(VENV)/bin/python benchmarks/gpu.py $(ARGS)
 
 bench-repeats: $(VENV)/.test ## what prefix reuse and look-up decoding save
 	@$(VENV)/bin/python benchmarks/repeats.py $(ARGS)
