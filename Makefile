@@ -11,7 +11,8 @@ PROJECTS := $(wildcard providers/*/pyproject.toml)
 TORCH := torch==2.13.0
 ARGS ?=
 
-.PHONY: setup run test simulate kills storms lint tiny bench-server bench-footprint bench-engine bench-serving bench-repeats clean help
+.PHONY: setup run test simulate kills storms lint tiny clean help \
+	bench-server bench-footprint bench-engine bench-serving bench-gpu bench-repeats
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -52,6 +53,9 @@ bench-engine: $(VENV)/.test ## tokens a second of the engine, beside transformer
 
 bench-serving: $(VENV)/.test ## tokens a second through HTTP, beside the engine's own
 	@$(VENV)/bin/python benchmarks/serving.py $(ARGS)
+
+bench-gpu: $(VENV)/.test ## the engine on a GPU, beside what the GPU can do (ARGS="--shape tiny" runs anywhere)
+	@$(VENV)/bin/python benchmarks/gpu.py $(ARGS)
 
 bench-repeats: $(VENV)/.test ## what prefix reuse and look-up decoding save
 	@$(VENV)/bin/python benchmarks/repeats.py $(ARGS)

@@ -53,7 +53,8 @@ class ModelConfig(Config):
     is not there is an error."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "int4", "float8"] = "auto"
     """The type of the weights. ``auto`` is bfloat16 on a GPU that has it; on a CPU float32, or for a 16-bit
-    checkpoint 16 bits, unless those are slower: the start measures it. ``float8`` is for GPUs of compute capability 8.9 or more."""
+    checkpoint 16 bits, unless those are slower: the start measures it. ``float8`` is for GPUs of compute capability
+    8.9 or more."""
     kernels: Literal["auto", "compiled", "plain"] = "auto"
     """What runs a model on a CPU: kernels compiled on this machine at the first start, or plain torch. ``auto`` takes
     compiled ones where a C++ compiler is installed; ``compiled`` is an error where there is none."""
@@ -82,6 +83,9 @@ class ModelConfig(Config):
     tensor_parallel: int = Field(default=1, ge=1, le=64)
     """Into how many processes the network is split, each on a GPU of its own, or all on the CPU; plain kernels and
     weights that are not rounded only."""
+    cuda_graphs: bool = True
+    """Whether a GPU runs steps of few tokens as CUDA graphs, which are captured at the start. They take memory beside
+    weights and cache, and the time that the log states."""
     prefix_reuse: bool = True
     """Whether a prompt that begins as an earlier one did takes its beginning from the cache."""
 

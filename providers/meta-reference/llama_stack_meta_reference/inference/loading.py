@@ -6,6 +6,7 @@ Everything that can be refused is refused before weights are read, and an operat
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from time import monotonic
 
@@ -26,6 +27,7 @@ from .local_executor import LocalExecutor
 from .measuring import fastest_type
 from .memory_plan import MemoryPlan, available_memory, memory_plan
 from .native_runner import NativeRunner, NativeStorage, supports
+from .paged_views import FLASH_BLOCK_TOKENS, has_flash
 from .runner import Runner, Storage, TorchRunner, TorchStorage
 
 logger = logging.getLogger("llama_stack.meta_reference.loading")
@@ -49,6 +51,8 @@ class OpenModel:
     plan: MemoryPlan
     rank: Rank | None
     draft: _Draft | None
+    static_rows: int
+    """Steps of up to so many tokens run as CUDA graphs."""
 
     @property
     def facts(self) -> ModelFacts:
@@ -67,7 +71,7 @@ class OpenModel:
             kernels="compiled" if isinstance(self.storage, NativeStorage) else "plain",
             context=plan.context,
             blocks=plan.blocks,
-            block_tokens=BLOCK_TOKENS,
+            block_tokens=plan.block_tokens,
             weight_bytes=plan.weight_bytes,
             cache_bytes=plan.cache_bytes,
         )
@@ -147,9 +151,14 @@ def open_model(name: str, config: ModelConfig, rank: Rank | None = None) -> Open
         planned = _Both(storage, draft)
         # Beyond what the draft network was made for it would guess nonsense.
         network = replace(network, max_context=min(network.max_context, drafting.config.max_context))
-    plan = _plan(name, config, network, device, planned, rank)
+    kept = [(storage, checkpoint.config)] + ([(draft.storage, draft.checkpoint.config)] if draft else [])
+    plan = _plan(name, config, network, device, planned, rank, _block_tokens(device, kept))
     logger.info("model %r: %s, %s", name, storage.name, plan)
-    return OpenModel(name, checkpoint, device, storage, plan, rank, draft)
+    # The ranks' sums between the layers are not captured.
+    has_graphs = device.type == "cuda" and config.cuda_graphs and rank is None
+    return OpenModel(
+        name, checkpoint, device, storage, plan, rank, draft, static_rows=config.max_sequences if has_graphs else 0
+    )
 
 
 def _device(name: str, asked: str, rank: Rank | None) -> torch.device:
@@ -245,6 +254,14 @@ def _no_kernels(config: ModelConfig, dtype: str, checkpoint: Checkpoint) -> str 
     return None
 
 
+def _block_tokens(device: torch.device, networks: Iterable[tuple[Storage, LlamaConfig]]) -> int:
+    """How many tokens a block of the cache holds, which networks that run side by side share."""
+    for storage, network in networks:
+        if isinstance(storage, TorchStorage) and has_flash(device, storage.dtype, network.head_dim):
+            return FLASH_BLOCK_TOKENS
+    return BLOCK_TOKENS
+
+
 def _gpu_dtype(device: torch.device) -> torch.dtype:
     with torch.cuda.device(device):
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
@@ -270,7 +287,14 @@ def _runner(opened: OpenModel, checkpoint: Checkpoint, storage: Storage, rank: R
             raise SetupError(f"model {opened.name!r}: {error}") from error
     assert isinstance(storage, TorchStorage)
     model = load_model(checkpoint, device=opened.device, dtype=storage.dtype, rank=rank, rounding=storage.rounding)
-    return TorchRunner(model, blocks=plan.blocks, rank=rank)
+    return TorchRunner(
+        model,
+        blocks=plan.blocks,
+        block_tokens=plan.block_tokens,
+        rank=rank,
+        static_rows=opened.static_rows,
+        context=plan.context,
+    )
 
 
 def _check_split(name: str, network: LlamaConfig, rank: Rank) -> None:
@@ -290,6 +314,7 @@ def _plan(
     device: torch.device,
     storage: Storage,
     rank: Rank | None,
+    block_tokens: int,
 ) -> MemoryPlan:
     """The memory plan of the model, or of its rank's part, with cache and context settled."""
     free = available_memory(device)
@@ -310,6 +335,7 @@ def _plan(
         max_sequences=config.max_sequences,
         context_tokens=config.context_tokens,
         cache_tokens=config.cache_tokens,
+        block_tokens=block_tokens,
     )
     if not plan.fits:
         raise SetupError(

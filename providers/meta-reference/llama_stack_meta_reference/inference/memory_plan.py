@@ -33,6 +33,7 @@ class MemoryPlan:
     """The most tokens of one sequence."""
     blocks: int
     """How many blocks the cache has; all sequences share them."""
+    block_tokens: int
     available_bytes: int
     """What was free on the device when the plan was made."""
     longest_context: int
@@ -41,7 +42,7 @@ class MemoryPlan:
     @property
     def cache_tokens(self) -> int:
         """How many tokens all sequences have together."""
-        return self.blocks * BLOCK_TOKENS
+        return self.blocks * self.block_tokens
 
     @property
     def cache_bytes(self) -> int:
@@ -79,6 +80,7 @@ def memory_plan(
     max_sequences: int = 1,
     context_tokens: int | None = None,
     cache_tokens: int | None = None,
+    block_tokens: int = BLOCK_TOKENS,
 ) -> MemoryPlan:
     """Plan the cache beside the weights.
 
@@ -89,24 +91,25 @@ def memory_plan(
     weight_bytes, bytes_per_token = storage.weight_bytes(config), storage.cache_bytes_per_token(config)
 
     def fitting(available: int) -> int:
-        return max(0, available - weight_bytes) // (bytes_per_token * BLOCK_TOKENS)
+        return max(0, available - weight_bytes) // (bytes_per_token * block_tokens)
 
     loading_bytes = storage.loading_bytes(config)
-    longest = fitting(available_bytes) * BLOCK_TOKENS if loading_bytes <= available_bytes else 0
+    longest = fitting(available_bytes) * block_tokens if loading_bytes <= available_bytes else 0
     wanted = context_tokens or config.max_context
     if cache_tokens is not None:
-        blocks = blocks_for(cache_tokens)
+        blocks = blocks_for(cache_tokens, block_tokens)
     else:
-        blocks = min(max_sequences * blocks_for(wanted), fitting(int(available_bytes * share)))
+        blocks = min(max_sequences * blocks_for(wanted, block_tokens), fitting(int(available_bytes * share)))
         if context_tokens is not None:
-            blocks = max(blocks, blocks_for(context_tokens))
+            blocks = max(blocks, blocks_for(context_tokens, block_tokens))
     return MemoryPlan(
         device=str(device),
         weight_bytes=weight_bytes,
         loading_bytes=loading_bytes,
         cache_bytes_per_token=bytes_per_token,
-        context=context_tokens or min(wanted, blocks * BLOCK_TOKENS),
+        context=context_tokens or min(wanted, blocks * block_tokens),
         blocks=blocks,
+        block_tokens=block_tokens,
         available_bytes=available_bytes,
         longest_context=min(longest, config.max_context),
     )

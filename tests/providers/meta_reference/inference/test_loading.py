@@ -81,6 +81,7 @@ def test_a_gpu_is_used_where_there_is_one(worded_checkpoint: Path) -> None:
         model = open_model("m", ModelConfig(checkpoint=str(worded_checkpoint), device=device))
         assert str(model.device) == "cuda:0"
         assert model.storage == TorchStorage(torch.bfloat16)
+        assert (model.plan.block_tokens, model.static_rows) == (256, 32)
     with pytest.raises(SetupError, match="this machine has"):
         open_model("m", ModelConfig(checkpoint=str(worded_checkpoint), device="cuda:99"))
 
@@ -157,6 +158,21 @@ def test_rounded_weights_run_on_plain_torch_in_the_memory_that_was_planned(
     assert opened.plan.loading_bytes == opened.plan.weight_bytes + 856 * 64 * 4
     executor = opened.load(WORDED.vocab_size)
     assert None not in executor.execute(Batch([1, 2, 3], [0], [3], [[0]], [2]), [Choice()])
+    executor.close()
+
+
+def test_where_blocks_are_read_in_place_they_are_as_large_as_the_kernel_wants(
+    worded_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a draft network as well, which shares the tables; and the plan counts in them."""
+    monkeypatch.setattr(loading, "has_flash", lambda *_: True)
+    config = {"checkpoint": str(worded_checkpoint), "device": "cpu", "kernels": "plain", "max_sequences": 3}
+    opened = open_model("m", ModelConfig.model_validate(config | {"draft": {"checkpoint": str(worded_checkpoint)}}))
+    assert (opened.plan.blocks, opened.plan.block_tokens, opened.plan.cache_tokens) == (3, 256, 768)
+    assert (opened.facts.block_tokens, opened.static_rows) == (256, 0)
+    executor = opened.load(WORDED.vocab_size)
+    assert executor.block_tokens == 256
+    assert None not in executor.execute(Batch([1, 2, 3], [0], [3], [[2]], [2]), [Choice()])
     executor.close()
 
 

@@ -101,6 +101,15 @@ def test_the_cache_is_what_was_asked_for_and_the_context_no_more_than_it() -> No
     assert (plan.context, plan.cache_tokens) == (50, 1008)
 
 
+def test_large_blocks_are_counted_whole() -> None:
+    """What does not fill a block takes it all the same."""
+    plan = memory_plan(
+        SMALL, TorchStorage(torch.float32), "cuda:0", available_bytes=GIB, max_sequences=5, block_tokens=256
+    )
+    assert (plan.blocks, plan.cache_tokens, plan.context) == (5, 1280, 128)
+    assert plan.cache_bytes == 1280 * plan.cache_bytes_per_token
+
+
 def test_the_longest_context_ends_at_the_models_own() -> None:
     """More memory does not teach a model positions it never saw."""
     assert (
