@@ -20,15 +20,15 @@ from ..native.matrix import PackedMatrix
 _SIZE = 2048
 """Outputs and inputs of the matrix: one that no cache next to a core holds, as those of real networks."""
 _CHUNK_ROWS = 64
-_TRIES = 3
-_CLEARLY = 0.9
+_TRIES = 5
+_CLEARLY = 0.5
 
 
 @lru_cache
 def fastest_type(half: str, whole: str, *, compiled: bool) -> tuple[str, str]:
-    """``half``, or ``whole`` if that is faster by a tenth and more; and what was measured, in words for an operator.
+    """``half``, or ``whole`` if that takes less than half the time; and what was measured, in words for an operator.
 
-    Half as many bytes are worth a little time. Both are torch's types, by their names. ``compiled`` asks for the
+    Half as many bytes are worth some time, and other work on the machine must not decide. Both are torch's types, by their names. ``compiled`` asks for the
     kernels of native/, which must be there, instead of torch's own product.
     """
     seconds = measure({name: _work(name, compiled) for name in (half, whole)})

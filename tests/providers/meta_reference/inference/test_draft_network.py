@@ -51,7 +51,13 @@ def test_a_right_guess_saves_its_steps() -> None:
 
 
 def config(**changes: Any) -> dict[str, Any]:
-    return {"checkpoint": "builtin:tiny", "device": "cpu", "lookup_tokens": 0, "max_sequences": 4} | changes
+    return {
+        "checkpoint": "builtin:tiny",
+        "device": "cpu",
+        "dtype": "float16",
+        "lookup_tokens": 0,
+        "max_sequences": 4,
+    } | changes
 
 
 @pytest.mark.parametrize("process", ["shared", "own"])
