@@ -326,9 +326,8 @@ def load(plugin: Plugin, apis: Sequence[type[Api]] = APIS) -> tuple[Spec, ...]:
         hooks.register(module)
         hooks.check_pending()
     except (pluggy.PluginValidationError, ValueError) as error:
-        raise plugin.fault(
-            _first_line(error), f"implement the hooks as they are declared: {', '.join(_RECORDS)}"
-        ) from error
+        what = " ".join(str(error).split())  # pluggy gives the cause on its last line
+        raise plugin.fault(what, f"implement the hooks as they are declared: {', '.join(_RECORDS)}") from error
     implemented = [hook for hook in _RECORDS if getattr(hooks.hook, hook).get_hookimpls()]
     declared: list[Spec] = []
     for hook in implemented:

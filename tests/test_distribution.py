@@ -13,7 +13,10 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import field_validator
+from pydantic_core import PydanticCustomError
 
+from llama_stack.apis import Config
 from llama_stack.distribution import (
     Distribution,
     Fault,
@@ -26,6 +29,8 @@ from llama_stack.distribution import (
 )
 from llama_stack.distribution import nodes as yaml_nodes
 from llama_stack.distribution.faults import MAX_FAULTS
+from llama_stack.distribution.source import read_source
+from llama_stack.distribution.validation import validate
 from llama_stack.errors import DistributionError
 from llama_stack.plugins import Plugin, discover
 from llama_stack.registry import Registry
@@ -418,6 +423,30 @@ def test_no_message_shows_what_a_variable_holds(tmp_path: Path, registry: Regist
     faults = check_distribution(write(tmp_path, text), environ={"SECRET": secret}, registry=registry)
     assert len(faults) >= 13
     assert not [fault for fault in faults if secret in str(fault)]
+
+
+@pytest.mark.parametrize("is_custom", [False, True])
+def test_a_validators_words_are_told_without_what_a_variable_holds(tmp_path: Path, is_custom: bool) -> None:
+    """Validators quote what they refuse; of a plain value that is a help, of a variable's it is a leak."""
+
+    class Picky(Config):
+        words: tuple[str, ...]
+
+        @field_validator("words")
+        @classmethod
+        def check(cls, words: tuple[str, ...]) -> tuple[str, ...]:
+            said = f"{words[0]!r} is no word; write another"
+            raise PydanticCustomError("of_ours", "{said}", {"said": said}) if is_custom else ValueError(said)
+
+    path = write(tmp_path, "version: 1\nname: x\nwords: ['${env.WORD:plain}']\n")
+    environs: list[dict[str, str]] = [{}, {"WORD": "s3cr3t"}]
+    for environ, told in zip(environs, ("'plain' is no word", "'${env.WORD}' is no word"), strict=True):
+        source = read_source(path, environ)
+        assert source.root is not None
+        faults: list[Fault] = []
+        node = yaml_nodes.Mapping(source.root.mark, {"words": source.root.entries["words"]})
+        assert validate(Picky, node, (), source.hidden, faults) is None
+        assert [(fault.what, fault.remedy) for fault in faults] == [(told, "write another")]
 
 
 def test_a_value_whose_key_is_a_secret_is_not_printed(tmp_path: Path, registry: Registry) -> None:

@@ -108,7 +108,7 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     ),
     "hook with arguments": (
         HOOK + "@hookimpl\ndef llama_stack_tools(x): ...",
-        "llama_stack_tools",
+        "Argument(s) {'x'} are declared",
         "implement the hooks",
     ),
     "hook raises": (

@@ -7,6 +7,7 @@ it is named and imports what it needs when it runs. Plugins name their commands 
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -90,8 +91,12 @@ def _outcome(arguments: list[str]) -> int:
     except StackError as refused:
         error(str(refused))
         return REFUSED
-    except BrokenPipeError:
-        # Nobody reads on, which click answers with 1. The interpreter flushes once more at its end: not aloud.
+    except OSError as failure:
+        if failure.errno not in (errno.EPIPE, errno.ENOSPC) or failure.filename is not None:
+            raise
+        if failure.errno == errno.ENOSPC:  # of a pipe that nobody reads on, click says nothing either
+            error("the output cannot be written: there is no space left")
+        # The interpreter flushes once more at its end: not aloud.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return REFUSED
     return code if isinstance(code, int) else DONE

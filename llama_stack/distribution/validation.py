@@ -17,6 +17,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
+from pydantic_core.core_schema import ErrorType
 
 from . import nodes
 from .faults import Fault, Mark, Path, is_secret, shortened
@@ -58,6 +59,10 @@ _PATTERNS = {
     NAME_PATTERN: ("is not a name", "use lowercase letters, digits, '-' and '_', and begin with a letter or digit"),
     ORIGIN_PATTERN: ("is not an origin", "write scheme and host alone, such as https://chat.example"),
 }
+
+_VALIDATORS_KINDS = ("value_error", "assertion_error")
+"""Errors whose words a validator wrote; a ``PydanticCustomError`` has a kind of its own besides."""
+_PYDANTICS_KINDS = frozenset(get_args(ErrorType)).difference(_VALIDATORS_KINDS)
 
 _NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]+)?")
 
@@ -230,7 +235,7 @@ def _texts(model: type[BaseModel], finding: Finding, hidden: Mapping[str, str]) 
             unit += "s" if context[limit] != 1 else ""
             what = "empty" if context[limit] == 1 and limit == "min_length" else what
             return f"{got} is {what}", f"write {right} {context[limit]} {unit}"
-    if kind in ("value_error", "assertion_error"):
+    if kind not in _PYDANTICS_KINDS:
         return _refusal(finding, hidden)
     said = finding.error["msg"].replace("Input should", "it should")
     return f"{got} is refused: {said}", "see 'llama-stack schema' for what this key may hold"

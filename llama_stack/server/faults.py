@@ -176,7 +176,8 @@ def _words(detail: ErrorDetails) -> str:
         return f"should be {detail.get('ctx', {}).get('expected_tags', 'another')}"
     if kind == "string_pattern_mismatch":
         return f"should match {detail.get('ctx', {}).get('pattern', 'its pattern')}"
-    return detail["msg"].removeprefix("Input ").removeprefix("String ").removeprefix("List ")
+    words = detail["msg"].removeprefix("Input ").removeprefix("String ").removeprefix("List ")
+    return words.replace(" after validation, not ", ", not ")
 
 
 def _either(names: list[str]) -> str:

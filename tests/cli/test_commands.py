@@ -212,3 +212,12 @@ def test_every_command_and_option_is_on_its_page() -> None:
             assert f"`{option}" in sections[name] + page.partition("\n## ")[0], f"{name} {option}"
         for subcommand in getattr(command, "commands", {}):
             assert f"`{name} {subcommand}`" in sections[name]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
+def test_output_that_finds_no_room_is_one_line() -> None:
+    """A full disk under a redirected list is nothing that a traceback would explain."""
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-c", "from llama_stack.cli import main; main()", "list", "distributions"]
+        ran = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (1, "error: the output cannot be written: there is no space left\n")

@@ -270,6 +270,20 @@ async def test_faults_point_into_the_body(served: Serving) -> None:
     assert (found["/max_tokens"]["code"], found["/max_tokens"]["limit"]) == ("too_small", 0)
 
 
+async def test_list_over_its_limit_is_told_both_counts(served: Serving) -> None:
+    """In words for who sent it, to whom our order of checks means nothing."""
+    body = {"model": "stub", "dialog": {"message": {"role": "user", "content": ["a"] * 10_001}}}
+    document = problem_of(await served.client.post(CHAT_PATH, json=body))
+    assert document["errors"] == [
+        {
+            "pointer": "/dialog/message/content",
+            "code": "too_long",
+            "detail": "should have at most 10000 items, not 10001",
+            "limit": 10_000,
+        }
+    ]
+
+
 async def test_wrong_branch_of_a_union_is_one_fault(served: Serving) -> None:
     """Three complaints about one number would hide what is wrong."""
     body = {"model": "stub", "dialog": {"message": {"role": "user", "content": 5}}}
