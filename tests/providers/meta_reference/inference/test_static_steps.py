@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch._dynamo
 from llama_stack_meta_reference.inference import runner as runner_module
 from llama_stack_meta_reference.inference.batch import Batch
 from llama_stack_meta_reference.inference.kv_cache import BLOCK_TOKENS
@@ -173,6 +174,24 @@ def test_a_padded_step_asks_nothing_back_from_its_device() -> None:
     )
     batch = Batch([1, 2, 3], [4, 0], [1, 2], [[0, 1], [2]], [0, 2])
     assert runner.run(batch).shape == (2, SMALL.vocab_size)
+
+
+def test_all_layers_share_what_is_compiled(small_model: Llama) -> None:
+    """A graph a layer and size would take minutes at the start; and the answers are the same. The compiler that makes
+    no code shows how often one would be called; inductor was tried by hand."""
+    plain, compiled = (
+        TorchRunner(small_model, blocks=16, static_rows=12, context=48, compiler=compiler)
+        for compiler in (None, "eager")
+    )
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    for rows in (12, 8, 4, 2, 1, 6):
+        batch = Batch([9] * rows, [0] * rows, [1] * rows, [[row] for row in range(rows)], [*range(rows)])
+        torch.testing.assert_close(compiled.run(batch), plain.run(batch), atol=1e-4, rtol=0)
+    # Two functions, each for the first size, for any size and for a single row, which two layers and five sizes share.
+    assert counters["stats"]["unique_graphs"] == 6
+    assert not counters["graph_break"]
 
 
 def test_a_padded_step_is_one_graph_to_torchs_compiler(small_model: Llama) -> None:
