@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Iterator
 from itertools import pairwise
@@ -12,7 +13,7 @@ import torch._dynamo
 from llama_stack_meta_reference.inference import runner as runner_module
 from llama_stack_meta_reference.inference.batch import Batch
 from llama_stack_meta_reference.inference.kv_cache import BLOCK_TOKENS
-from llama_stack_meta_reference.inference.paged_views import FLASH_BLOCK_TOKENS
+from llama_stack_meta_reference.inference.paged_views import FLASH_BLOCK_TOKENS, flash_agrees, has_flash
 from llama_stack_meta_reference.inference.runner import TorchRunner
 from llama_stack_meta_reference.inference.static_steps import StaticSteps, row_sizes
 from llama_stack_meta_reference.llama.model import Llama
@@ -110,6 +111,21 @@ def test_flash_attention_is_called_as_it_wants_to_be(small_model: Llama, flash: 
     check(runner, small_model, sequences, most=24, longest=17)
     assert 1 in flash
     assert (max(flash) == 1) is (static_rows == 20)
+
+
+def test_flash_attention_is_tried_out_before_it_is_used(caplog: pytest.LogCaptureFixture) -> None:
+    """What a build of torch brings is not known by its name: it may have none, or one with a fault."""
+    caplog.set_level(logging.INFO)
+    cpu = torch.device("cpu")
+    assert not flash_agrees(cpu, torch.bfloat16, 64)
+    assert "FlashAttention is not used on cpu: Could not run 'aten::_flash_attention_forward'" in caplog.text
+    with flash_on_the_cpu() as calls:
+        assert flash_agrees(cpu, torch.bfloat16, 64)
+        assert calls == [3, 1]
+    with flash_on_the_cpu(unwritten_rows=1):
+        assert not flash_agrees(cpu, torch.float16, 64)
+    assert "its answers are off by nan" in caplog.text
+    assert not has_flash(cpu, torch.bfloat16, 64), "without a GPU nobody asks"
 
 
 def test_small_blocks_never_meet_flash_attention(small_model: Llama, flash: list[int]) -> None:
