@@ -13,7 +13,8 @@ goal on one GPU of the H200's class:
     rounded          one stream with float8, and int8, by the one in bfloat16                               >= 1.5
     first token      32 streams that ask again as soon as they are answered; median                         <= 150 ms
 
-`--no-graphs` switches CUDA graphs off, to see what they gain. The read bandwidth is the sum of a large tensor.
+`--graphs no` switches CUDA graphs off and `--graphs compiled` has torch compile them first, to see what either gains;
+how long it takes is logged. The read bandwidth is the sum of a large tensor.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def random_network(config: LlamaConfig, storage: TorchStorage, device: torch.dev
 
 @contextmanager
 def engine_of(
-    config: LlamaConfig, storage: TorchStorage, device: torch.device, *, streams: int, context: int, graphs: bool
+    config: LlamaConfig, storage: TorchStorage, device: torch.device, *, streams: int, context: int, graphs: str
 ) -> Iterator[Engine]:
     """An engine over random weights, with room for all streams at once."""
     block_tokens = FLASH_BLOCK_TOKENS if has_flash(device, storage.dtype, config.head_dim) else BLOCK_TOKENS
@@ -101,8 +102,9 @@ def engine_of(
         random_network(config, storage, device),
         blocks=blocks,
         block_tokens=block_tokens,
-        static_rows=streams if graphs else 0,
+        static_rows=streams if graphs != "no" else 0,
         context=context,
+        compiler="inductor" if graphs == "compiled" else None,
     )
     engine = Engine(
         LocalExecutor(runner, config.vocab_size),
@@ -183,20 +185,19 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--no-graphs", action="store_true")
+    parser.add_argument("--graphs", choices=("no", "yes", "compiled"), default="yes")
     options = parser.parse_args()
     device = torch.device(options.device)
     if device.type != "cuda" and options.shape != "tiny":
         parser.error("there is no GPU; --shape tiny runs anywhere")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
-    config, load, graphs = SHAPES[options.shape], LOADS[options.shape], not options.no_graphs
+    config, load, graphs = SHAPES[options.shape], LOADS[options.shape], options.graphs
     floats = torch.bfloat16 if device.type == "cuda" else torch.float32
     context = load.prompt + load.new + 1
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "a CPU"
     bandwidth = read_bandwidth(device)
-    how = "no CUDA graphs" if device.type != "cuda" or not graphs else "CUDA graphs"
-    print(f"{name}, torch {torch.__version__}: reading {bandwidth / 1e9:.0f} GB/s; {how}")
+    print(f"{name}, torch {torch.__version__}: reading {bandwidth / 1e9:.0f} GB/s; graphs: {graphs}")
     print(f"{options.shape}: {config.parameter_count / 1e9:.2f} billion weights, prompts of {load.prompt}")
 
     storages = [TorchStorage(floats), TorchStorage(floats, "float8"), TorchStorage(floats, "int8")]

@@ -83,9 +83,9 @@ class ModelConfig(Config):
     tensor_parallel: int = Field(default=1, ge=1, le=64)
     """Into how many processes the network is split, each on a GPU of its own, or all on the CPU; plain kernels and
     weights that are not rounded only."""
-    cuda_graphs: bool = True
+    cuda_graphs: bool | Literal["compiled"] = True
     """Whether a GPU runs steps of few tokens as CUDA graphs, which are captured at the start. They take memory beside
-    weights and cache, and the time that the log states."""
+    weights and cache, and the time that the log states; ``compiled`` by torch first, they take more of it."""
     prefix_reuse: bool = True
     """Whether a prompt that begins as an earlier one did takes its beginning from the cache."""
 

@@ -13,8 +13,11 @@ from torch import Tensor
 
 
 @contextmanager
-def flash_on_the_cpu() -> Iterator[list[int]]:
-    """Give torch's operator a kernel for CPUs within the block; the list has the new tokens of each call's longest."""
+def flash_on_the_cpu(*, unwritten_rows: int = 0) -> Iterator[list[int]]:
+    """Give torch's operator a kernel for CPUs within the block; the list has the new tokens of each call's longest.
+
+    It can leave the last rows of its answer unwritten, as in pytorch issue 194167.
+    """
     new_library: Any = torch.library.Library  # untyped
     library = new_library("aten", "IMPL")
     calls: list[int] = []
@@ -71,6 +74,7 @@ def flash_on_the_cpu() -> Iterator[list[int]]:
             q_1HTK, k_1GSK, v_1GSK = (x.transpose(0, 1)[None] for x in (query[first:end], k_SGK, v_SGK))
             attended = F.scaled_dot_product_attention(q_1HTK, k_1GSK, v_1GSK, attn_mask=mask, enable_gqa=True)
             output[first:end] = attended[0].transpose(0, 1)
+        output[len(output) - unwritten_rows :] = torch.nan
         nothing = torch.empty(0)
         return output, nothing, nothing.clone(), nothing.clone(), nothing.clone()
 

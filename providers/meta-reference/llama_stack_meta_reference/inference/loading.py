@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from time import monotonic
 
 import torch
@@ -53,6 +54,8 @@ class OpenModel:
     draft: _Draft | None
     static_rows: int
     """Steps of up to so many tokens run as CUDA graphs."""
+    compiler: str | None
+    """What compiles them, of the backends of ``torch.compile``."""
 
     @property
     def facts(self) -> ModelFacts:
@@ -155,9 +158,23 @@ def open_model(name: str, config: ModelConfig, rank: Rank | None = None) -> Open
     plan = _plan(name, config, network, device, planned, rank, _block_tokens(device, kept))
     logger.info("model %r: %s, %s", name, storage.name, plan)
     # The ranks' sums between the layers are not captured.
-    has_graphs = device.type == "cuda" and config.cuda_graphs and rank is None
+    has_graphs = device.type == "cuda" and config.cuda_graphs is not False and rank is None
+    is_compiled = has_graphs and config.cuda_graphs == "compiled"
+    if is_compiled and find_spec("triton") is None:
+        raise SetupError(
+            f"model {name!r} asks for cuda_graphs: compiled, and there is no triton to compile with; install it, or "
+            "set cuda_graphs: true"
+        )
     return OpenModel(
-        name, checkpoint, device, storage, plan, rank, draft, static_rows=config.max_sequences if has_graphs else 0
+        name=name,
+        checkpoint=checkpoint,
+        device=device,
+        storage=storage,
+        plan=plan,
+        rank=rank,
+        draft=draft,
+        static_rows=config.max_sequences if has_graphs else 0,
+        compiler="inductor" if is_compiled else None,
     )
 
 
@@ -294,6 +311,7 @@ def _runner(opened: OpenModel, checkpoint: Checkpoint, storage: Storage, rank: R
         rank=rank,
         static_rows=opened.static_rows,
         context=plan.context,
+        compiler=opened.compiler,
     )
 
 

@@ -134,9 +134,10 @@ class TorchRunner:
         rank: Rank | None = None,
         static_rows: int = 0,
         context: int = 0,
+        compiler: str | None = None,
     ) -> None:
         """With ``static_rows``, steps of up to so many tokens of sequences of up to ``context`` run over buffers that
-        stay where they are, on a GPU as CUDA graphs.
+        stay where they are, on a GPU as CUDA graphs, and compiled with a ``compiler``, a backend of ``torch.compile``.
         """
         weight = model.tok_embeddings.weight
         attention = model.layers[0].attention
@@ -159,7 +160,13 @@ class TorchRunner:
         self._static: StaticSteps | None = None
         if static_rows:
             self._static = StaticSteps(
-                model, self._keys, self._values, context=context, rows=static_rows, is_flash=self._is_flash
+                model,
+                self._keys,
+                self._values,
+                context=context,
+                rows=static_rows,
+                is_flash=self._is_flash,
+                compiler=compiler,
             )
 
     @torch.inference_mode()

@@ -12,12 +12,14 @@ Shape suffixes as in paged_views.py; a row of numbers is 2 + P wide.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from time import monotonic
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..llama.model import Llama
+from ..llama.model import Block, CacheView, Llama
 from .batch import Batch
 from .kv_cache import blocks_for
 from .paged_views import FlashView, RowsView
@@ -32,12 +34,27 @@ class StaticSteps:
     """Runs the steps that ``takes`` names, over the memory of a runner, whose last block but one is for padding."""
 
     def __init__(
-        self, model: Llama, keys_LPTGK: Tensor, values_LPTGK: Tensor, *, context: int, rows: int, is_flash: bool
+        self,
+        model: Llama,
+        keys_LPTGK: Tensor,
+        values_LPTGK: Tensor,
+        *,
+        context: int,
+        rows: int,
+        is_flash: bool,
+        compiler: str | None = None,
     ) -> None:
         """For sequences of up to ``context`` tokens, and up to ``rows`` rows or a few more. With a GPU and
-        FlashAttention everything is captured here, and the log says how long it took.
+        FlashAttention everything is captured here, and the log says how long it took. A ``compiler`` is a backend of
+        ``torch.compile``.
         """
         self._model = model
+        self._before, self._after = Block.before, Block.after
+        if compiler is not None:
+            # Not the whole step: all blocks share the code of these two, so that a size costs seconds and not minutes,
+            # and the cache, which is written to between them, is out of the compiler's sight.
+            self._before = torch.compile(Block.before, backend=compiler, options=_options(compiler))
+            self._after = torch.compile(Block.after, backend=compiler, options=_options(compiler))
         self._keys_LPTGK, self._values_LPTGK = keys_LPTGK, values_LPTGK
         self._is_flash = is_flash
         self._block_tokens = keys_LPTGK.shape[2]
@@ -114,7 +131,11 @@ class StaticSteps:
             view = RowsView(
                 self._keys_LPTGK, self._values_LPTGK, positions_N=positions_N, slots_N=slots_N, tables_NP=tables_NP
             )
-        return self._model.logits(self._model.hidden(tokens_N, view))
+        return self._model.logits(self._model.hidden(tokens_N, view, self._run_block))
+
+    def _run_block(self, block: Block, x_ND: Tensor, cosine_N1K: Tensor, sine_N1K: Tensor, cache: CacheView) -> Tensor:
+        q_NHK, k_NGK, v_NGK = self._before(block, x_ND, cosine_N1K, sine_N1K)
+        return self._after(block, x_ND, cache.attend(block.layer, q_NHK, k_NGK, v_NGK))
 
     @torch.inference_mode()
     def _capture_all(self) -> None:
@@ -136,6 +157,11 @@ class StaticSteps:
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             logits_NV = self._compute(size, width)
         return graph, logits_NV
+
+
+def _options(compiler: str) -> dict[str, str | int | bool | Callable[..., Any]] | None:
+    # Only with it a product of a single row reads weights, rounded ones too, as fast as the memory gives them.
+    return {"coordinate_descent_tuning": True} if compiler == "inductor" else None
 
 
 def row_sizes(rows: int) -> list[int]:

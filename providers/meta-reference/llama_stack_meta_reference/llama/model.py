@@ -104,11 +104,10 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal attention with grouped queries (Ainslie et al. 2023, arXiv:2305.13245)."""
+    """The matrices of causal attention with grouped queries (Ainslie et al. 2023, arXiv:2305.13245)."""
 
-    def __init__(self, config: LlamaConfig, layer: int, *, device: torch.device | str, dtype: torch.dtype) -> None:
+    def __init__(self, config: LlamaConfig, *, device: torch.device | str, dtype: torch.dtype) -> None:
         super().__init__()
-        self.layer = layer
         self.head_dim = config.head_dim
         query_dim, key_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         self.wq = nn.Linear(config.dim, query_dim, bias=False, device=device, dtype=dtype)
@@ -116,13 +115,11 @@ class Attention(nn.Module):
         self.wv = nn.Linear(config.dim, key_dim, bias=False, device=device, dtype=dtype)
         self.wo = nn.Linear(query_dim, config.dim, bias=False, device=device, dtype=dtype)
 
-    def forward(self, x_D: Tensor, cosine_1K: Tensor, sine_1K: Tensor, cache: CacheView | None) -> Tensor:
+    def forward(self, x_D: Tensor, cosine_1K: Tensor, sine_1K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries (..., H, K), keys and values (..., G, K); what they attend to goes through ``wo``."""
         q_HK = rotate(self._heads(self.wq(x_D)), cosine_1K, sine_1K)
         k_GK = rotate(self._heads(self.wk(x_D)), cosine_1K, sine_1K)
-        v_GK = self._heads(self.wv(x_D))
-        attended_HK = _attend_whole(q_HK, k_GK, v_GK) if cache is None else cache.attend(self.layer, q_HK, k_GK, v_GK)
-        output_D: Tensor = self.wo(attended_HK.flatten(-2))
-        return output_D
+        return q_HK, k_GK, self._heads(self.wv(x_D))
 
     @property
     def n_kv_heads(self) -> int:
@@ -158,13 +155,25 @@ class Block(nn.Module):
 
     def __init__(self, config: LlamaConfig, layer: int, *, device: torch.device | str, dtype: torch.dtype) -> None:
         super().__init__()
+        self.layer = layer
         self.attention_norm = RMSNorm(config.dim, config.norm_eps, device=device, dtype=dtype)
-        self.attention = Attention(config, layer, device=device, dtype=dtype)
+        self.attention = Attention(config, device=device, dtype=dtype)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps, device=device, dtype=dtype)
         self.feed_forward = FeedForward(config, device=device, dtype=dtype)
 
     def forward(self, x_D: Tensor, cosine_1K: Tensor, sine_1K: Tensor, cache: CacheView | None) -> Tensor:
-        attended_D = x_D + self.attention(self.attention_norm(x_D), cosine_1K, sine_1K, cache)
+        q_HK, k_GK, v_GK = self.before(x_D, cosine_1K, sine_1K)
+        attended_HK = _attend_whole(q_HK, k_GK, v_GK) if cache is None else cache.attend(self.layer, q_HK, k_GK, v_GK)
+        return self.after(x_D, attended_HK)
+
+    def before(self, x_D: Tensor, cosine_1K: Tensor, sine_1K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the tokens ask for, offer and carry: queries, keys and values."""
+        projected: tuple[Tensor, Tensor, Tensor] = self.attention(self.attention_norm(x_D), cosine_1K, sine_1K)
+        return projected
+
+    def after(self, x_D: Tensor, attended_HK: Tensor) -> Tensor:
+        """The stream with what was attended to, and what the feed-forward layer makes of both."""
+        attended_D = x_D + self.attention.wo(attended_HK.flatten(-2))
         output_D: Tensor = attended_D + self.feed_forward(self.ffn_norm(attended_D))
         return output_D
 
@@ -195,18 +204,21 @@ class Llama(nn.Module):
         """Return (..., V) float32 logits for the token after each given one; see ``hidden``."""
         return self.logits(self.hidden(tokens, cache))
 
-    def hidden(self, tokens: Tensor, cache: CacheView | None = None) -> Tensor:
+    def hidden(
+        self, tokens: Tensor, cache: CacheView | None = None, run_block: Callable[..., Tensor] = Block.__call__
+    ) -> Tensor:
         """Return (..., D) normalised states in the model's dtype, from which ``logits`` makes predictions.
 
         Without a cache ``tokens`` are (B, T), each row is a whole sequence from position 0 on, and gradients flow.
         Padding goes to the right: no token looks at what comes after it. With a cache they are (N,): the new tokens of
-        all sequences side by side, which continue what the view has stored and are added to it.
+        all sequences side by side, which continue what the view has stored and are added to it. ``run_block`` may run a
+        block in a way of its own; it is called as ``Block.forward`` is.
         """
         positions = torch.arange(tokens.shape[1], device=tokens.device) if cache is None else cache.positions_N
         cosine_1K, sine_1K = self.rotary(positions)
         x_D = self.tok_embeddings(tokens)
         for layer in self.layers:
-            x_D = layer(x_D, cosine_1K, sine_1K, cache)
+            x_D = run_block(layer, x_D, cosine_1K, sine_1K, cache)
         normalised_D: Tensor = self.norm(x_D)
         return normalised_D
 

@@ -7,7 +7,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import pytest
@@ -15,7 +15,7 @@ import torch
 from llama_stack_meta_reference.inference import engine as engine_module
 from llama_stack_meta_reference.inference.engine import Engine, Generation, Ticket
 from llama_stack_meta_reference.llama.config import LlamaConfig
-from llama_stack_meta_reference.llama.model import CacheView, Llama
+from llama_stack_meta_reference.llama.model import Block, CacheView, Llama
 from torch import Tensor
 
 from llama_stack.apis.common import SamplingParams, SamplingStrategy, StopReason
@@ -41,13 +41,15 @@ class GatedLlama(Llama):
         self.fault: Exception | None = None
         self.poisoned_token = -1
 
-    def hidden(self, tokens: Tensor, cache: CacheView | None = None) -> Tensor:
+    def hidden(
+        self, tokens: Tensor, cache: CacheView | None = None, run_block: Callable[..., Tensor] = Block.__call__
+    ) -> Tensor:
         self.passes += 1
         self.entered.set()
         if not self.is_open:
             assert self.permits.acquire(timeout=30)
         fault, self.fault = self.fault, None
-        hidden_D = super().hidden(tokens, cache)
+        hidden_D = super().hidden(tokens, cache, run_block)
         if fault is not None:
             raise fault
         return hidden_D.masked_fill((tokens == self.poisoned_token)[..., None], torch.nan)
@@ -265,7 +267,7 @@ async def test_under_random_faults_every_client_learns_how_it_ended(caplog: pyte
             model.fault = RuntimeError("broken")
         return hidden(tokens, cache)
 
-    model.hidden = breaking  # type: ignore[method-assign]
+    model.hidden = breaking  # type: ignore[method-assign, assignment]
     caplog.set_level(logging.CRITICAL + 1)
 
     async def client() -> str:

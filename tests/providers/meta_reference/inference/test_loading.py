@@ -176,6 +176,23 @@ def test_where_blocks_are_read_in_place_they_are_as_large_as_the_kernel_wants(
     executor.close()
 
 
+def test_compiled_graphs_are_refused_where_there_is_nothing_to_compile_with(
+    worded_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before weights are read, not in the middle of the first capture."""
+    monkeypatch.setattr(loading, "_device", lambda *_: torch.device("cuda:0"))
+    monkeypatch.setattr(loading, "_gpu_dtype", lambda *_: torch.bfloat16)
+    monkeypatch.setattr(loading, "has_flash", lambda *_: True)
+    monkeypatch.setattr(loading, "available_memory", lambda *_: 1 << 30)
+    config = ModelConfig(checkpoint=str(worded_checkpoint), cuda_graphs="compiled")
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    with pytest.raises(SetupError, match="no triton to compile with; install it, or set cuda_graphs: true"):
+        open_model("m", config)
+    monkeypatch.setattr(loading, "find_spec", lambda name: object())
+    found = [open_model("m", config.model_copy(update={"cuda_graphs": asked})) for asked in ("compiled", True, False)]
+    assert [(one.static_rows, one.compiler) for one in found] == [(32, "inductor"), (32, None), (0, None)]
+
+
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9)])
 def test_float8_takes_a_gpu_that_multiplies_it(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
     """An older one would fail in its first step."""

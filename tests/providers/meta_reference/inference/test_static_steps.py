@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
 import torch
+import torch._dynamo
 from llama_stack_meta_reference.inference import runner as runner_module
 from llama_stack_meta_reference.inference.batch import Batch
 from llama_stack_meta_reference.inference.kv_cache import BLOCK_TOKENS
-from llama_stack_meta_reference.inference.paged_views import FLASH_BLOCK_TOKENS
+from llama_stack_meta_reference.inference.paged_views import FLASH_BLOCK_TOKENS, flash_agrees, has_flash
 from llama_stack_meta_reference.inference.runner import TorchRunner
 from llama_stack_meta_reference.inference.static_steps import StaticSteps, row_sizes
 from llama_stack_meta_reference.llama.model import Llama
@@ -111,6 +113,21 @@ def test_flash_attention_is_called_as_it_wants_to_be(small_model: Llama, flash: 
     assert (max(flash) == 1) is (static_rows == 20)
 
 
+def test_flash_attention_is_tried_out_before_it_is_used(caplog: pytest.LogCaptureFixture) -> None:
+    """What a build of torch brings is not known by its name: it may have none, or one with a fault."""
+    caplog.set_level(logging.INFO)
+    cpu = torch.device("cpu")
+    assert not flash_agrees(cpu, torch.bfloat16, 64)
+    assert "FlashAttention is not used on cpu: Could not run 'aten::_flash_attention_forward'" in caplog.text
+    with flash_on_the_cpu() as calls:
+        assert flash_agrees(cpu, torch.bfloat16, 64)
+        assert calls == [3, 1]
+    with flash_on_the_cpu(unwritten_rows=1):
+        assert not flash_agrees(cpu, torch.float16, 64)
+    assert "its answers are off by nan" in caplog.text
+    assert not has_flash(cpu, torch.bfloat16, 64), "without a GPU nobody asks"
+
+
 def test_small_blocks_never_meet_flash_attention(small_model: Llama, flash: list[int]) -> None:
     """It refuses them, in the first step of a request."""
     sequences = Sequences(BLOCK_TOKENS, seed=2)
@@ -173,6 +190,24 @@ def test_a_padded_step_asks_nothing_back_from_its_device() -> None:
     )
     batch = Batch([1, 2, 3], [4, 0], [1, 2], [[0, 1], [2]], [0, 2])
     assert runner.run(batch).shape == (2, SMALL.vocab_size)
+
+
+def test_all_layers_share_what_is_compiled(small_model: Llama) -> None:
+    """A graph a layer and size would take minutes at the start; and the answers are the same. The compiler that makes
+    no code shows how often one would be called; inductor was tried by hand."""
+    plain, compiled = (
+        TorchRunner(small_model, blocks=16, static_rows=12, context=48, compiler=compiler)
+        for compiler in (None, "eager")
+    )
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    for rows in (12, 8, 4, 2, 1, 6):
+        batch = Batch([9] * rows, [0] * rows, [1] * rows, [[row] for row in range(rows)], [*range(rows)])
+        torch.testing.assert_close(compiled.run(batch), plain.run(batch), atol=1e-4, rtol=0)
+    # Two functions, each for the first size, for any size and for a single row, which two layers and five sizes share.
+    assert counters["stats"]["unique_graphs"] == 6
+    assert not counters["graph_break"]
 
 
 def test_a_padded_step_is_one_graph_to_torchs_compiler(small_model: Llama) -> None:
