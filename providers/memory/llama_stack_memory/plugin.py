@@ -1,0 +1,39 @@
+"""Declares the providers of this plugin; numpy is imported when a distribution names one of them, and not before."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from importlib import import_module
+
+from llama_stack.apis import MemoryBanks
+from llama_stack.plugins import ProviderSpec, hookimpl
+from llama_stack.storage import Database
+
+from .config import MemoryConfig
+
+llama_stack_api_version = ">=1.0,<2"
+
+
+@asynccontextmanager
+async def start_sqlite(config: MemoryConfig, database: Database) -> AsyncIterator[MemoryBanks]:
+    """Bring the tables up to date and yield the banks; indexes are loaded meanwhile, and a search waits for its own.
+
+    Raises ``SetupError`` when the stack's store is not SQLite.
+    """
+    provider = await asyncio.to_thread(import_module, ".provider", __package__)
+    async with provider.serve_sqlite(config, database) as banks:
+        yield banks
+
+
+@hookimpl
+def llama_stack_providers() -> Iterable[ProviderSpec]:
+    """Declare memory banks in SQLite."""
+    yield ProviderSpec(
+        api=MemoryBanks,
+        name="sqlite",
+        config=MemoryConfig,
+        start=start_sqlite,
+        description="documents, vectors and full text in the stack's SQLite file: vector, keyword and hybrid search",
+    )
