@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from llama_stack.apis import Config
 from llama_stack.apis.memory_banks import IndexKind
 
 from .interfaces import ChunkSettings
 
+BUILTIN = ("builtin:minilm", "builtin:hashing")
 
-class MemoryConfig(Config):
+
+class EmbeddingsConfig(Config):
+    """Which model turns texts into vectors."""
+
+    embedder: str = "auto"
+    """`auto`: all-MiniLM-L6-v2 where its package is installed, else feature hashing. `builtin:minilm`,
+    `builtin:hashing`, or the folder of a sentence model of the BERT family in Hugging Face's layout.
+    """
+
+    @field_validator("embedder")
+    @classmethod
+    def _is_known(cls, value: str) -> str:
+        if value.startswith("builtin:") and value not in BUILTIN:
+            raise ValueError(f"no embedder is called so; write one of {', '.join(BUILTIN)}, 'auto', or a folder")
+        return value
+
+
+class MemoryConfig(EmbeddingsConfig):
     """What a bank is made with when the request that creates it does not say; those that exist keep what they have."""
 
     chunk_tokens: int = Field(default=200, ge=16, le=8192)

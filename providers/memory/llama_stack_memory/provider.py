@@ -11,11 +11,10 @@ from llama_stack.storage import Database
 
 from .banks import DatabaseBanks
 from .config import MemoryConfig
-from .hashing import HashingEmbedder
+from .embedders import HashingEmbedder, choose_embedder
+from .interfaces import Embedder
 from .sqlite_chunks import SqliteChunks
 from .tables import SQLITE_MIGRATIONS
-
-HASHING_NOTICE = "texts are embedded by feature hashing, which knows words and not what they mean"
 
 
 @asynccontextmanager
@@ -23,11 +22,14 @@ async def serve_sqlite(config: MemoryConfig, database: Database) -> AsyncIterato
     """See ``plugin.start_sqlite``."""
     if database.dialect != "sqlite":
         raise SetupError(f"provider 'sqlite' keeps banks in SQLite, and storage.url is {database.dialect}")
+    chosen = await asyncio.to_thread(choose_embedder, config.embedder)
+    # Banks that were made before a model was there go on: hashing needs nothing.
+    embedders: dict[str, Embedder] = {e.name: e for e in (chosen.embedder, HashingEmbedder())}
     await database.migrate(SQLITE_MIGRATIONS)
     chunks = SqliteChunks(database)
     loading = asyncio.create_task(chunks.load(), name="load the indexes of memory banks")
     try:
-        yield DatabaseBanks(database, chunks, [HashingEmbedder()], config, HASHING_NOTICE)
+        yield DatabaseBanks(database, chunks, list(embedders.values()), config, chosen.notice)
     finally:
         loading.cancel()
         await asyncio.wait([loading])

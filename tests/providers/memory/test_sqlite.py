@@ -14,7 +14,7 @@ import httpx2
 import pytest
 from llama_stack_memory import MemoryConfig
 from llama_stack_memory.banks import DatabaseBanks
-from llama_stack_memory.hashing import HashingEmbedder
+from llama_stack_memory.embedders import HashingEmbedder
 from llama_stack_memory.provider import serve_sqlite
 from llama_stack_memory.sqlite_chunks import SqliteChunks
 
@@ -32,6 +32,8 @@ from tests.draft_schemas import DraftSchemas
 
 pytestmark = pytest.mark.anyio
 
+HASHING = MemoryConfig(embedder="builtin:hashing")
+
 
 class TestSqlite(MemoryBanksConformance):
     """Everything that any provider must keep to."""
@@ -40,7 +42,7 @@ class TestSqlite(MemoryBanksConformance):
     async def open(self, folder: Path) -> AsyncIterator[MemoryBanks]:
         async with (
             open_store("sqlite", folder) as store,
-            serve_sqlite(MemoryConfig(), store.database("memory_banks.sqlite")) as banks,
+            serve_sqlite(HASHING, store.database("memory_banks.sqlite")) as banks,
         ):
             yield banks
 
@@ -60,7 +62,7 @@ async def rows(database: Database) -> dict[str, int]:
 
 async def test_what_was_deleted_leaves_no_row(database: Database) -> None:
     """Orphans would fill the disk, and one join too few would find them."""
-    async with serve_sqlite(MemoryConfig(), database) as banks:
+    async with serve_sqlite(HASHING, database) as banks:
         empty = await rows(database)
         await banks.create("atlas", "Atlas", list(ATLAS))
         before = await rows(database)
@@ -78,8 +80,8 @@ async def test_an_index_follows_what_another_process_writes(tmp_path: Path) -> N
     async with open_store("sqlite", tmp_path) as one_store, open_store("sqlite", tmp_path) as other_store:
         name = "memory_banks.sqlite"
         async with (
-            serve_sqlite(MemoryConfig(), one_store.database(name)) as one,
-            serve_sqlite(MemoryConfig(), other_store.database(name)) as other,
+            serve_sqlite(HASHING, one_store.database(name)) as one,
+            serve_sqlite(HASHING, other_store.database(name)) as other,
         ):
             await one.create("atlas", "Atlas", list(ATLAS))
             for mode in QueryMode:
@@ -98,7 +100,7 @@ async def test_an_index_follows_what_another_process_writes(tmp_path: Path) -> N
 
 async def test_a_write_that_fails_changes_nothing(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """At whichever statement the disk is full."""
-    async with serve_sqlite(MemoryConfig(), database) as banks:
+    async with serve_sqlite(HASHING, database) as banks:
         await banks.create("atlas", "Atlas", list(ATLAS))
         before = await rows(database), await hits(banks, "atlas", k=100)
 
@@ -121,9 +123,9 @@ async def test_a_write_that_fails_changes_nothing(database: Database, monkeypatc
 
 async def test_a_search_that_is_cut_off_does_no_harm(database: Database) -> None:
     """Clients leave at any moment, also while an index is being loaded."""
-    async with serve_sqlite(MemoryConfig(), database) as banks:
+    async with serve_sqlite(HASHING, database) as banks:
         await banks.create("many", "Many", [document(f"d{n}", f"Number {n} of many.") for n in range(3000)])
-    async with serve_sqlite(MemoryConfig(), database) as banks:
+    async with serve_sqlite(HASHING, database) as banks:
         for pause in range(12):
             query = asyncio.create_task(banks.query(QueryRequest(bank_uuid="many", text="Number 7", k=1000)))
             await asyncio.sleep(pause / 1000)
@@ -142,12 +144,11 @@ class OtherEmbedder(HashingEmbedder):
 
 async def test_a_bank_keeps_the_model_that_it_was_made_with(database: Database) -> None:
     """Vectors of two models in one bank would find anything; what needs no model works without it."""
-    config = MemoryConfig()
-    async with serve_sqlite(config, database) as banks:
+    async with serve_sqlite(HASHING, database) as banks:
         await banks.create("atlas", "Atlas", list(ATLAS))
         with pytest.raises(ModelNotFoundError):
             await banks.create("new", "New", [], embedding_model="unheard-of")
-    changed = DatabaseBanks(database, SqliteChunks(database), [OtherEmbedder()], config, None)
+    changed = DatabaseBanks(database, SqliteChunks(database), [OtherEmbedder()], HASHING, None)
     for call in (
         changed.insert("atlas", [document("a", "A")]),
         changed.update("atlas", [document("oslo", "A")]),
@@ -158,14 +159,14 @@ async def test_a_bank_keeps_the_model_that_it_was_made_with(database: Database) 
             await call
     assert len(await contents(changed, "atlas", "oslo", "rome")) == 2
     assert await all_of(await changed.delete_documents("atlas", ["rome"])) == ["rome"]
-    both = DatabaseBanks(database, SqliteChunks(database), [OtherEmbedder(), HashingEmbedder()], config, None)
+    both = DatabaseBanks(database, SqliteChunks(database), [OtherEmbedder(), HashingEmbedder()], HASHING, None)
     await both.create("small", "Small", list(ATLAS), embedding_model="other")
     assert await found(both, "small", "Oslo", k=1) == await found(both, "atlas", "Oslo", k=1) == ["oslo"]
 
 
 async def test_sizes_of_chunks_that_do_not_fit_are_refused(database: Database) -> None:
     """A chunk longer than the model reads would be cut in silence; one that is mostly overlap never ends."""
-    async with serve_sqlite(MemoryConfig(), database) as banks:
+    async with serve_sqlite(HASHING, database) as banks:
         with pytest.raises(InvalidRequestError) as refused:
             await banks.create("a", "A", [], chunk_tokens=20, chunk_overlap=11)
         assert refused.value.faults[0].pointer == "?chunk_overlap"
@@ -174,7 +175,7 @@ async def test_sizes_of_chunks_that_do_not_fit_are_refused(database: Database) -
 async def test_the_store_must_be_sqlite(postgresql_schema_url: str, tmp_path: Path) -> None:
     """Vectors in the memory of one process are no index of a database that several share."""
     async with open_store(postgresql_schema_url, tmp_path) as store:
-        serving = serve_sqlite(MemoryConfig(), store.database("memory_banks.sqlite"))
+        serving = serve_sqlite(HASHING, store.database("memory_banks.sqlite"))
         with pytest.raises(SetupError, match="storage.url is postgresql"):
             await serving.__aenter__()
 
@@ -182,7 +183,7 @@ async def test_the_store_must_be_sqlite(postgresql_schema_url: str, tmp_path: Pa
 async def test_all_seven_operations_are_the_drafts(tmp_path: Path) -> None:
     """A client that was generated from the draft reads every reply, over HTTP and with the draft's own schemas."""
     draft = DraftSchemas()
-    providers = {"memory_banks": [{"provider": "sqlite"}]}
+    providers = {"memory_banks": [{"provider": "sqlite", "config": {"embedder": "builtin:hashing"}}]}
     distribution = Distribution.model_validate(
         {"version": 1, "name": "t", "providers": providers, "server": {"port": 0, "drain_seconds": 1}}
     )

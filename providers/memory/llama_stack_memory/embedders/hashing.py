@@ -15,7 +15,7 @@ from zlib import crc32
 
 import numpy as np
 
-from .interfaces import Span, Vectors
+from ..interfaces import Span, Vectors
 
 _WORD = re.compile(r"\w+")
 _TOKEN = re.compile(r"\w{1,32}|[^\w\s]")

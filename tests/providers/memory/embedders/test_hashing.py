@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from llama_stack_memory.hashing import HashingEmbedder
+from llama_stack_memory.embedders import HashingEmbedder
 
 
 def test_texts_that_share_words_are_nearer_than_others() -> None:
