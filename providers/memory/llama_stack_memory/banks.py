@@ -40,8 +40,10 @@ from llama_stack.errors import (
 )
 from llama_stack.storage import Database
 
+from .batches import BatchedEmbedder
 from .config import MemoryConfig
 from .documents import Preparation, Prepared, refuse_repeats
+from .extraction import Extractor
 from .fusion import fuse
 from .interfaces import ChunkSettings, Embedder, Found, Values, Vectors
 
@@ -123,13 +125,15 @@ class DatabaseBanks(MemoryBanks):
         self,
         database: Database,
         chunks: Chunks,
+        extractor: Extractor,
         embedders: Sequence[Embedder],
         config: MemoryConfig,
-        notice: str | None,
+        notice: str | None = None,
     ) -> None:
         self._database = database
         self._chunks = chunks
-        self._preparations = {embedder.name: Preparation(embedder) for embedder in embedders}
+        self._extractor = extractor
+        self._embedders = {model.name: BatchedEmbedder(model) for model in embedders}
         self._default_model = embedders[0].name
         self._config = config
         self._notice = notice
@@ -158,15 +162,15 @@ class DatabaseBanks(MemoryBanks):
         async with self._database.read() as connection:
             if await self._is_repeated(connection, bank_uuid, request):
                 return
-        preparation = self._preparation(embedding_model or self._default_model)
-        embedder, settings = preparation.embedder, self._settings(chunk_tokens, chunk_overlap)
-        _check_settings(settings, embedder)
-        prepared = await preparation.prepare(documents, settings)
+        embedder = self._embedder(embedding_model or self._default_model)
+        settings = self._settings(chunk_tokens, chunk_overlap)
+        _check_settings(settings, embedder.model)
+        prepared = await Preparation(self._extractor, embedder).prepare(documents, settings)
         row: Values = {
             "uuid": bank_uuid,
             "name": bank_name,
-            "model": embedder.name,
-            "dimensions": embedder.dimensions,
+            "model": embedder.model.name,
+            "dimensions": embedder.model.dimensions,
             "chunk_tokens": settings.tokens,
             "chunk_overlap": settings.overlap,
             "kind": (index or self._config.index).value,
@@ -264,7 +268,7 @@ class DatabaseBanks(MemoryBanks):
     async def preview(self, bank_uuid: str, documents: list[MemoryBankDocument]) -> AsyncIterator[DocumentChunk]:
         refuse_repeats(documents)
         bank = await self._bank(bank_uuid)
-        split = await self._preparation_of(bank).split(documents, bank.chunks)
+        split = await Preparation(self._extractor, self._embedder_of(bank)).split(documents, bank.chunks)
         return _each(
             DocumentChunk(document_uuid=document.uuid, text=c.text, start=c.start, end=c.end, tokens=c.tokens)
             for document, chunks in zip(documents, split, strict=True)
@@ -278,7 +282,7 @@ class DatabaseBanks(MemoryBanks):
             raise _invalid("/text", "a keyword query needs a text")
         words = request.text if mode is not QueryMode.VECTOR else None
         vector_D = None
-        preparation = self._preparation_of(bank)
+        embedder = self._embedder_of(bank)
         if request.embedding is not None:
             if mode is QueryMode.KEYWORD:
                 raise _invalid(
@@ -286,7 +290,7 @@ class DatabaseBanks(MemoryBanks):
                 )
             vector_D = _unit_vector(request.embedding, bank)
         elif request.text is not None and mode is not QueryMode.KEYWORD:
-            vector_D = await preparation.embed_query(request.text)
+            vector_D = await embedder.embed_query(request.text)
         return words, vector_D
 
     async def _bank(self, uuid: str) -> Bank:
@@ -296,24 +300,25 @@ class DatabaseBanks(MemoryBanks):
     async def _prepared(self, uuid: str, documents: Sequence[MemoryBankDocument]) -> tuple[Bank, list[Prepared]]:
         refuse_repeats(documents)
         bank = await self._bank(uuid)
-        return bank, await self._preparation_of(bank).prepare(documents, bank.chunks)
+        preparation = Preparation(self._extractor, self._embedder_of(bank))
+        return bank, await preparation.prepare(documents, bank.chunks)
 
-    def _preparation(self, model: str) -> Preparation:
-        if model not in self._preparations:
-            raise ModelNotFoundError(model, self._preparations)
-        return self._preparations[model]
+    def _embedder(self, model: str) -> BatchedEmbedder:
+        if model not in self._embedders:
+            raise ModelNotFoundError(model, self._embedders)
+        return self._embedders[model]
 
-    def _preparation_of(self, bank: Bank) -> Preparation:
+    def _embedder_of(self, bank: Bank) -> BatchedEmbedder:
         """Raises ``ConflictError`` when the model that the bank was made with is not here."""
-        preparation = self._preparations.get(bank.model)
-        if preparation is None or preparation.embedder.dimensions != bank.dimensions:
-            here = (f"{p.embedder.name} ({p.embedder.dimensions} dimensions)" for p in self._preparations.values())
+        embedder = self._embedders.get(bank.model)
+        if embedder is None or embedder.model.dimensions != bank.dimensions:
+            here = (f"{e.model.name} ({e.model.dimensions} dimensions)" for e in self._embedders.values())
             raise ConflictError(
                 f"bank {bank.uuid!r} was made with the embedding model {bank.model!r} of {bank.dimensions} dimensions;"
                 f" here are: {listed(here)}. Configure that model, or make the bank again",
                 param="bank_uuid",
             )
-        return preparation
+        return embedder
 
     def _settings(self, tokens: int | None, overlap: int | None) -> ChunkSettings:
         tokens = self._config.chunk_tokens if tokens is None else tokens

@@ -28,6 +28,21 @@ class EmbeddingsConfig(Config):
         return value
 
 
+class DocumentLimits(Config):
+    """What a document may cost to read."""
+
+    characters: int = Field(default=16_777_216, ge=1)
+    """The most characters of its text."""
+    ratio: float = Field(default=200, gt=0)
+    """The most characters of its text for each byte of it, where the text has more than a million."""
+    pages: int = Field(default=5_000, ge=1)
+    """The most pages of a PDF."""
+    seconds: float = Field(default=60, gt=0)
+    """The longest that reading it may take."""
+    memory_bytes: int = Field(default=1_073_741_824, ge=268_435_456)
+    """The most memory of the process that reads it."""
+
+
 class MemoryConfig(EmbeddingsConfig):
     """What a bank is made with when the request that creates it does not say; those that exist keep what they have."""
 
@@ -37,6 +52,9 @@ class MemoryConfig(EmbeddingsConfig):
     """How many tokens a chunk repeats of the one before it, at most."""
     index: IndexKind = IndexKind.EXACT
     """How vectors are searched: `exact`."""
+
+    documents: DocumentLimits = DocumentLimits()
+    """What a document may cost to read; one that costs more is refused."""
 
     @model_validator(mode="after")
     def _overlap_is_less(self) -> MemoryConfig:

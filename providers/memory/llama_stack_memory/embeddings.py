@@ -22,8 +22,8 @@ from llama_stack.apis.inference import (
 from llama_stack.apis.models import ModelKind
 from llama_stack.errors import ContextLengthError, InvalidRequestError, ModelNotFoundError
 
+from .batches import BatchedEmbedder
 from .config import EmbeddingsConfig
-from .documents import Preparation
 from .embedders import Chosen, choose_embedder
 
 
@@ -36,15 +36,14 @@ class SentenceEmbeddings(Inference):
     """Serves one embedding model; what asks it for text is refused."""
 
     def __init__(self, chosen: Chosen) -> None:
-        self._embedder = chosen.embedder
         self._notice = chosen.notice
-        self._preparation = Preparation(chosen.embedder)
+        self._embedder = BatchedEmbedder(chosen.embedder)
 
     def notice(self) -> str | None:
         return self._notice
 
     async def models(self) -> list[ServedModel]:
-        embedder = self._embedder
+        embedder = self._embedder.model
         return [
             ServedModel(
                 model=embedder.name,
@@ -58,7 +57,7 @@ class SentenceEmbeddings(Inference):
     async def embeddings(self, request: EmbeddingsRequest) -> EmbeddingsResponse:
         self._check(request.model)
         await asyncio.to_thread(self._refuse_long, request.contents)
-        vectors = await self._preparation.embed(request.contents)
+        vectors = await self._embedder.embed(request.contents)
         return EmbeddingsResponse(embeddings=vectors.tolist())
 
     async def completion(
@@ -78,8 +77,8 @@ class SentenceEmbeddings(Inference):
         self._refuse(request.model)
 
     def _check(self, model: str) -> None:
-        if model != self._embedder.name:
-            raise ModelNotFoundError(model, [self._embedder.name])
+        if model != self._embedder.model.name:
+            raise ModelNotFoundError(model, [self._embedder.model.name])
 
     def _refuse(self, model: str) -> NoReturn:
         self._check(model)
@@ -87,8 +86,8 @@ class SentenceEmbeddings(Inference):
 
     def _refuse_long(self, texts: Sequence[str]) -> None:
         """Nothing is cut in silence: an embedding of half a text would pass for one of the whole."""
-        limit = self._embedder.max_tokens
+        limit = self._embedder.model.max_tokens
         for number, text in enumerate(texts):
-            tokens = len(self._embedder.token_spans(text))
+            tokens = len(self._embedder.model.token_spans(text))
             if tokens > limit:
                 raise ContextLengthError(tokens, limit + 1, pointer=f"/contents/{number}")

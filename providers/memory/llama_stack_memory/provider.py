@@ -12,6 +12,7 @@ from llama_stack.storage import Database
 from .banks import DatabaseBanks
 from .config import MemoryConfig
 from .embedders import HashingEmbedder, choose_embedder
+from .extraction import Extractor
 from .interfaces import Embedder
 from .sqlite_chunks import SqliteChunks
 from .tables import SQLITE_MIGRATIONS
@@ -29,7 +30,8 @@ async def serve_sqlite(config: MemoryConfig, database: Database) -> AsyncIterato
     chunks = SqliteChunks(database)
     loading = asyncio.create_task(chunks.load(), name="load the indexes of memory banks")
     try:
-        yield DatabaseBanks(database, chunks, list(embedders.values()), config, chosen.notice)
+        async with Extractor.started(config.documents) as extractor:
+            yield DatabaseBanks(database, chunks, extractor, list(embedders.values()), config, chosen.notice)
     finally:
         loading.cancel()
         await asyncio.wait([loading])

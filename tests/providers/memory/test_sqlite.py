@@ -15,6 +15,7 @@ import pytest
 from llama_stack_memory import MemoryConfig
 from llama_stack_memory.banks import DatabaseBanks
 from llama_stack_memory.embedders import HashingEmbedder
+from llama_stack_memory.extraction import Extractor
 from llama_stack_memory.provider import serve_sqlite
 from llama_stack_memory.sqlite_chunks import SqliteChunks
 
@@ -148,7 +149,7 @@ async def test_a_bank_keeps_the_model_that_it_was_made_with(database: Database) 
         await banks.create("atlas", "Atlas", list(ATLAS))
         with pytest.raises(ModelNotFoundError):
             await banks.create("new", "New", [], embedding_model="unheard-of")
-    changed = DatabaseBanks(database, SqliteChunks(database), [OtherEmbedder()], HASHING, None)
+    changed = DatabaseBanks(database, SqliteChunks(database), Extractor(HASHING.documents), [OtherEmbedder()], HASHING)
     for call in (
         changed.insert("atlas", [document("a", "A")]),
         changed.update("atlas", [document("oslo", "A")]),
@@ -159,7 +160,9 @@ async def test_a_bank_keeps_the_model_that_it_was_made_with(database: Database) 
             await call
     assert len(await contents(changed, "atlas", "oslo", "rome")) == 2
     assert await all_of(await changed.delete_documents("atlas", ["rome"])) == ["rome"]
-    both = DatabaseBanks(database, SqliteChunks(database), [OtherEmbedder(), HashingEmbedder()], HASHING, None)
+    both = DatabaseBanks(
+        database, SqliteChunks(database), Extractor(HASHING.documents), [OtherEmbedder(), HashingEmbedder()], HASHING
+    )
     await both.create("small", "Small", list(ATLAS), embedding_model="other")
     assert await found(both, "small", "Oslo", k=1) == await found(both, "atlas", "Oslo", k=1) == ["oslo"]
 
