@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -52,6 +53,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+MAX_WORDS = 64
+"""Different words of a query that count."""
+_WORD = re.compile(r"\w+")
 FUSED = 50
 """How many hits each search gives to a hybrid one, where it was not asked for more."""
 MAX_FAULTS = 20
@@ -100,7 +104,7 @@ class Search(Protocol):
     """One state of one bank, to search in."""
 
     async def by_vector(self, vector_D: Vectors, k: int, condition: Condition | None) -> list[Found]: ...
-    async def by_words(self, text: str, k: int, condition: Condition | None) -> list[Found]: ...
+    async def by_words(self, words: Sequence[str], k: int, condition: Condition | None) -> list[Found]: ...
     async def listed(self, k: int, condition: Condition | None) -> list[Found]: ...
     async def texts(self, chunks: Sequence[int]) -> dict[int, tuple[str, str, str]]: ...
 
@@ -256,7 +260,7 @@ class DatabaseBanks(MemoryBanks):
             rankings = []
             if vector_D is not None and vector_D.any():
                 rankings.append(await search.by_vector(vector_D, wanted, condition))
-            if words is not None:
+            if words:
                 rankings.append(await search.by_words(words, wanted, condition))
             if words is None and vector_D is None:
                 rankings.append(await search.listed(wanted, condition))
@@ -275,12 +279,12 @@ class DatabaseBanks(MemoryBanks):
             for c in chunks
         )
 
-    async def _sought(self, bank: Bank, request: QueryRequest) -> tuple[str | None, Vectors | None]:
+    async def _sought(self, bank: Bank, request: QueryRequest) -> tuple[list[str] | None, Vectors | None]:
         """The words and the vector that are searched for. Raises ``InvalidRequestError`` for what has no meaning."""
         mode = request.mode
         if request.text is None and mode is QueryMode.KEYWORD:
             raise _invalid("/text", "a keyword query needs a text")
-        words = request.text if mode is not QueryMode.VECTOR else None
+        words = None if request.text is None or mode is QueryMode.VECTOR else _words(request.text)
         vector_D = None
         embedder = self._embedder_of(bank)
         if request.embedding is not None:
@@ -331,10 +335,12 @@ class DatabaseBanks(MemoryBanks):
             raise AlreadyExistsError("bank", uuid, param="bank_uuid")
         return found is not None
 
-    async def _numbers(self, connection: AsyncConnection, bank: Bank, uuids: Iterable[str]) -> dict[str, int]:
+    async def _numbers(self, connection: AsyncConnection, bank: Bank, uuids: Sequence[str]) -> dict[str, int]:
         """The numbers of those documents that are in the bank, by id."""
         from sqlalchemy import bindparam
 
+        if not uuids:
+            return {}
         statement = self._database.sql(
             "SELECT uuid, id FROM {documents} WHERE bank = :bank AND uuid IN :uuids ORDER BY id"
         ).bindparams(bindparam("uuids", expanding=True))
@@ -427,6 +433,10 @@ def _check_settings(settings: ChunkSettings, embedder: Embedder) -> None:
         raise _invalid("?chunk_tokens", f"{embedder.name} reads {embedder.max_tokens} tokens; ask for no more")
     if settings.overlap > settings.tokens // 2:
         raise _invalid("?chunk_overlap", f"more than half of a chunk of {settings.tokens} tokens; make it smaller")
+
+
+def _words(text: str) -> list[str]:
+    return list(dict.fromkeys(_WORD.findall(text)))[:MAX_WORDS]
 
 
 def _unit_vector(embedding: Sequence[float], bank: Bank) -> Vectors:

@@ -28,6 +28,18 @@ async def start_sqlite(config: MemoryConfig, database: Database) -> AsyncIterato
 
 
 @asynccontextmanager
+async def start_pgvector(config: MemoryConfig, database: Database) -> AsyncIterator[MemoryBanks]:
+    """Bring the tables up to date and yield the banks.
+
+    Raises ``SetupError`` when the stack's store is not PostgreSQL, ``MigrationFailedError`` when the server has no
+    pgvector, ``CheckpointError`` for an embedder that is none.
+    """
+    provider = await asyncio.to_thread(import_module, ".provider", __package__)
+    async with provider.serve_pgvector(config, database) as banks:
+        yield banks
+
+
+@asynccontextmanager
 async def start_embeddings(config: EmbeddingsConfig) -> AsyncIterator[Inference]:
     """Load the model and yield the provider that serves it.
 
@@ -39,7 +51,7 @@ async def start_embeddings(config: EmbeddingsConfig) -> AsyncIterator[Inference]
 
 @hookimpl
 def llama_stack_providers() -> Iterable[ProviderSpec]:
-    """Declare memory banks in SQLite, and embeddings alone."""
+    """Declare memory banks in SQLite and in PostgreSQL, and embeddings alone."""
     yield ProviderSpec(
         api=Inference,
         name="embeddings",
@@ -53,4 +65,11 @@ def llama_stack_providers() -> Iterable[ProviderSpec]:
         config=MemoryConfig,
         start=start_sqlite,
         description="documents, vectors and full text in the stack's SQLite file: vector, keyword and hybrid search",
+    )
+    yield ProviderSpec(
+        api=MemoryBanks,
+        name="pgvector",
+        config=MemoryConfig,
+        start=start_pgvector,
+        description="the same in the stack's PostgreSQL database, by pgvector: for several machines on one state",
     )

@@ -9,29 +9,48 @@ from contextlib import asynccontextmanager
 from llama_stack.errors import SetupError
 from llama_stack.storage import Database
 
-from .banks import DatabaseBanks
+from .banks import Chunks, DatabaseBanks
 from .config import MemoryConfig
 from .embedders import HashingEmbedder, choose_embedder
 from .extraction import Extractor
 from .interfaces import Embedder
+from .pgvector_chunks import PgvectorChunks
 from .sqlite_chunks import SqliteChunks
-from .tables import SQLITE_MIGRATIONS
+from .tables import POSTGRESQL_MIGRATIONS, SQLITE_MIGRATIONS
 
 
 @asynccontextmanager
 async def serve_sqlite(config: MemoryConfig, database: Database) -> AsyncIterator[DatabaseBanks]:
     """See ``plugin.start_sqlite``."""
     if database.dialect != "sqlite":
-        raise SetupError(f"provider 'sqlite' keeps banks in SQLite, and storage.url is {database.dialect}")
-    chosen = await asyncio.to_thread(choose_embedder, config.embedder)
-    # Banks that were made before a model was there go on: hashing needs nothing.
-    embedders: dict[str, Embedder] = {e.name: e for e in (chosen.embedder, HashingEmbedder())}
+        raise SetupError(
+            f"provider 'sqlite' keeps banks in SQLite, and storage.url is {database.dialect}: use 'pgvector'"
+        )
     await database.migrate(SQLITE_MIGRATIONS)
     chunks = SqliteChunks(database)
     loading = asyncio.create_task(chunks.load(), name="load the indexes of memory banks")
     try:
-        async with Extractor.started(config.documents) as extractor:
-            yield DatabaseBanks(database, chunks, extractor, list(embedders.values()), config, chosen.notice)
+        async with _serve(config, database, chunks) as banks:
+            yield banks
     finally:
         loading.cancel()
         await asyncio.wait([loading])
+
+
+@asynccontextmanager
+async def serve_pgvector(config: MemoryConfig, database: Database) -> AsyncIterator[DatabaseBanks]:
+    """See ``plugin.start_pgvector``."""
+    if database.dialect != "postgresql":
+        raise SetupError("provider 'pgvector' keeps banks in PostgreSQL, and storage.url is sqlite: use 'sqlite'")
+    await database.migrate(POSTGRESQL_MIGRATIONS)
+    async with _serve(config, database, PgvectorChunks(database)) as banks:
+        yield banks
+
+
+@asynccontextmanager
+async def _serve(config: MemoryConfig, database: Database, chunks: Chunks) -> AsyncIterator[DatabaseBanks]:
+    chosen = await asyncio.to_thread(choose_embedder, config.embedder)
+    # Banks that were made before a model was there go on: hashing needs nothing.
+    embedders: dict[str, Embedder] = {e.name: e for e in (chosen.embedder, HashingEmbedder())}
+    async with Extractor.started(config.documents) as extractor:
+        yield DatabaseBanks(database, chunks, extractor, list(embedders.values()), config, chosen.notice)

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,22 +25,18 @@ from llama_stack.storage.cancellation import in_thread
 from .banks import Bank, read_same_bank
 from .documents import Prepared
 from .interfaces import Found, Values, Vectors
-from .tables import CHUNK_BITS, condition_sql
+from .tables import CHUNK_BITS, among_sql, condition_sql, select
 from .vectors import ExactIndex
 
 if TYPE_CHECKING:
-    from sqlalchemy import Row
     from sqlalchemy.ext.asyncio import AsyncConnection
 
 logger = logging.getLogger(__name__)
 
 LOAD_ROWS = 4096
 """Vectors read in one go when an index is brought up to date."""
-MAX_WORDS = 64
-"""Different words of a query that count."""
 _UNKNOWN = -1
 """The revision of an index that was not made, or not finished."""
-_WORD = re.compile(r"\w+")
 
 
 @dataclass(eq=False)
@@ -155,17 +150,16 @@ class SqliteSearch:
         ids, scores = await in_thread(_search, self._vectors, vector_D, k, documents)
         return [Found(*found) for found in zip(ids.tolist(), scores.tolist(), strict=True)]
 
-    async def by_words(self, text: str, k: int, condition: Condition | None) -> list[Found]:
-        """The chunks that fit the words of a text best by BM25; a chunk needs one of them."""
-        words = list(dict.fromkeys(_WORD.findall(text)))[:MAX_WORDS]
-        if not words:
-            return []
+    async def by_words(self, words: Sequence[str], k: int, condition: Condition | None) -> list[Found]:
+        """The chunks that fit the words best by BM25; a chunk needs one of them."""
         quoted = " OR ".join(f'"{word}"' for word in words)
         match = f"bank : {_bank_word(self._bank)} AND text : ({quoted})"
         values: Values = {"bank": self._bank.id, "match": match, "k": k}
-        rows = await self._select(
+        rows = await select(
+            self._connection,
+            self._database,
             "SELECT rowid AS chunk, -bm25({texts}, 0.0, 1.0) AS score FROM {texts} WHERE {texts} MATCH :match"
-            f" {_among('rowid', condition, values)} ORDER BY score DESC, rowid LIMIT :k",
+            f" {among_sql('rowid', condition, values)} ORDER BY score DESC, rowid LIMIT :k",
             values,
         )
         return [Found(row.chunk, row.score) for row in rows]
@@ -173,8 +167,13 @@ class SqliteSearch:
     async def listed(self, k: int, condition: Condition | None) -> list[Found]:
         """The first chunks of the bank, in the order of their coming, with a score of 0."""
         values: Values = {"bank": self._bank.id, "k": k}
-        among = _among("id", condition, values)
-        rows = await self._select(f"SELECT id FROM {{chunks}} WHERE bank = :bank {among} ORDER BY id LIMIT :k", values)
+        among = among_sql("id", condition, values)
+        rows = await select(
+            self._connection,
+            self._database,
+            f"SELECT id FROM {{chunks}} WHERE bank = :bank {among} ORDER BY id LIMIT :k",
+            values,
+        )
         return [Found(chunk, 0.0) for (chunk,) in rows]
 
     async def texts(self, chunks: Sequence[int]) -> dict[int, tuple[str, str, str]]:
@@ -193,24 +192,13 @@ class SqliteSearch:
         where = condition_sql(condition, values)
         return [
             id
-            for (id,) in await self._select(
-                f"SELECT d.id FROM {{documents}} d WHERE d.bank = :bank AND {where}", values
+            for (id,) in await select(
+                self._connection,
+                self._database,
+                f"SELECT d.id FROM {{documents}} d WHERE d.bank = :bank AND {where}",
+                values,
             )
         ]
-
-    async def _select(self, sql: str, values: Values) -> Sequence[Row[Any]]:
-        from sqlalchemy import text
-
-        # Not Database.sql, which remembers: a filter may have any of endlessly many shapes.
-        return (await self._connection.execute(text(self._database.expand(sql)), values)).all()
-
-
-def _among(chunk: str, condition: Condition | None, values: Values) -> str:
-    """SQL that holds for chunks of documents that meet the condition."""
-    if condition is None:
-        return ""
-    where = condition_sql(condition, values)
-    return f"AND {chunk} >> {CHUNK_BITS} IN (SELECT d.id FROM {{documents}} d WHERE d.bank = :bank AND {where})"
 
 
 def _bank_word(bank: Bank) -> str:

@@ -1,4 +1,4 @@
-"""The tables of the embedded store, and the conditions of the filter language as SQL over them.
+"""The tables of both stores, and the conditions of the filter language as SQL over them.
 
 Banks and documents are numbered by ``numbers``, which gives none twice. A chunk's number is made of its document's, so
 that the one tells the other.
@@ -7,10 +7,17 @@ Metadata that filters can reach lies a second time in ``attributes``, as the byt
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
 from llama_stack.apis.filters import Comparison, Condition, Every, Not
-from llama_stack.storage import Migration
+from llama_stack.storage import Database, Migration
 
 from .interfaces import Values
+
+if TYPE_CHECKING:
+    from sqlalchemy import Row
+    from sqlalchemy.ext.asyncio import AsyncConnection
 
 CHUNK_BITS = 20
 MAX_CHUNKS = 1 << CHUNK_BITS
@@ -38,6 +45,30 @@ SQLITE_MIGRATIONS = (
     ),
 )
 
+POSTGRESQL_MIGRATIONS = (
+    Migration(
+        number=1,
+        description="banks, documents, chunks",
+        statements=(
+            "CREATE EXTENSION IF NOT EXISTS vector",
+            "CREATE TABLE {numbers} (next BIGINT NOT NULL)",
+            "INSERT INTO {numbers} VALUES (1)",
+            "CREATE TABLE {banks} (id BIGINT PRIMARY KEY, uuid TEXT NOT NULL UNIQUE, name TEXT NOT NULL,"
+            " model TEXT NOT NULL, dimensions INTEGER NOT NULL, chunk_tokens INTEGER NOT NULL,"
+            " chunk_overlap INTEGER NOT NULL, kind TEXT NOT NULL, request BYTEA NOT NULL, revision BIGINT NOT NULL)",
+            "CREATE TABLE {documents} (id BIGINT PRIMARY KEY, bank BIGINT NOT NULL, uuid TEXT NOT NULL,"
+            " mime_type TEXT NOT NULL, metadata TEXT NOT NULL, content BYTEA NOT NULL, UNIQUE (bank, uuid))",
+            "CREATE TABLE {attributes} (document BIGINT NOT NULL, name BYTEA NOT NULL, value BYTEA NOT NULL,"
+            " PRIMARY KEY (document, name))",
+            # Vectors of several models lie in one column. 'size' is the number of words that 'words' holds.
+            "CREATE TABLE {chunks} (id BIGINT PRIMARY KEY, bank BIGINT NOT NULL, text TEXT NOT NULL,"
+            " words TSVECTOR NOT NULL, size INTEGER NOT NULL, vector VECTOR NOT NULL)",
+            "CREATE INDEX {chunks_by_bank} ON {chunks} (bank, size)",
+            "CREATE INDEX {chunks_by_word} ON {chunks} USING gin (words)",
+        ),
+    ),
+)
+
 
 def condition_sql(condition: Condition, values: Values) -> str:
     """SQL that holds for the rows of ``{documents} d`` that meet the condition; its values are put into ``values``."""
@@ -48,6 +79,24 @@ def condition_sql(condition: Condition, values: Values) -> str:
     is_every = isinstance(condition, Every)
     parts = [f"({condition_sql(part, values)})" for part in condition.conditions]
     return (" AND " if is_every else " OR ").join(parts) or ("1 = 1" if is_every else "1 = 0")
+
+
+def among_sql(chunk: str, condition: Condition | None, values: Values) -> str:
+    """SQL, from AND on, that holds for chunks of documents of ``:bank`` that meet the condition."""
+    if condition is None:
+        return ""
+    where = condition_sql(condition, values)
+    return f"AND {chunk} >> {CHUNK_BITS} IN (SELECT d.id FROM {{documents}} d WHERE d.bank = :bank AND {where})"
+
+
+async def select(connection: AsyncConnection, database: Database, sql: str, values: Values) -> Sequence[Row[Any]]:
+    """The rows of a statement that holds a condition.
+
+    It is not kept, as ``Database.sql`` would keep it: a filter may have any of endlessly many shapes.
+    """
+    from sqlalchemy import text
+
+    return (await connection.execute(text(database.expand(sql)), values)).all()
 
 
 def _comparison_sql(comparison: Comparison, values: Values) -> str:
