@@ -112,6 +112,10 @@ class Search(Protocol):
 class Chunks(Protocol):
     """Where chunks are stored and searched. ``add`` and ``remove`` are part of the caller's transaction."""
 
+    @property
+    def kinds(self) -> Sequence[IndexKind]:
+        """The kinds of index that there are."""
+
     async def add(self, connection: AsyncConnection, bank: Bank, documents: Sequence[tuple[int, Prepared]]) -> None: ...
     async def remove(self, connection: AsyncConnection, documents: Sequence[int]) -> None: ...
     async def written(self, bank: Bank, removed: Sequence[int], added: Sequence[tuple[int, Prepared]]) -> None: ...
@@ -169,6 +173,9 @@ class DatabaseBanks(MemoryBanks):
         embedder = self._embedder(embedding_model or self._default_model)
         settings = self._settings(chunk_tokens, chunk_overlap)
         _check_settings(settings, embedder.model)
+        kind = index or self._config.index
+        if kind not in self._chunks.kinds:
+            raise _invalid("?index", f"there is no {kind.value} here; there is: {listed(self._chunks.kinds)}")
         prepared = await Preparation(self._extractor, embedder).prepare(documents, settings)
         row: Values = {
             "uuid": bank_uuid,
@@ -177,7 +184,7 @@ class DatabaseBanks(MemoryBanks):
             "dimensions": embedder.model.dimensions,
             "chunk_tokens": settings.tokens,
             "chunk_overlap": settings.overlap,
-            "kind": (index or self._config.index).value,
+            "kind": kind.value,
             "request": request,
             "revision": 0,
         }

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from llama_stack.apis.filters import Condition
+from llama_stack.apis.memory_banks import IndexKind
 from llama_stack.storage import Database
 
 from .banks import Bank, read_same_bank
@@ -46,6 +47,8 @@ WHERE true {among} GROUP BY t.id ORDER BY score DESC, t.id LIMIT :k
 
 class PgvectorChunks:
     """See ``banks.Chunks``."""
+
+    kinds = (IndexKind.EXACT,)
 
     def __init__(self, database: Database) -> None:
         self._database = database

@@ -49,6 +49,9 @@ async def serve_pgvector(config: MemoryConfig, database: Database) -> AsyncItera
 
 @asynccontextmanager
 async def _serve(config: MemoryConfig, database: Database, chunks: Chunks) -> AsyncIterator[DatabaseBanks]:
+    if config.index not in chunks.kinds:
+        remedy = "install faiss-cpu" if database.dialect == "sqlite" else "set it to 'exact'"
+        raise SetupError(f"index: there is no {config.index.value} here; {remedy}")
     chosen = await asyncio.to_thread(choose_embedder, config.embedder)
     # Banks that were made before a model was there go on: hashing needs nothing.
     embedders: dict[str, Embedder] = {e.name: e for e in (chosen.embedder, HashingEmbedder())}

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama_stack.apis.filters import Condition
+from llama_stack.apis.memory_banks import IndexKind
 from llama_stack.errors import StackError
 from llama_stack.storage import Database
 from llama_stack.storage.cancellation import in_thread
@@ -26,7 +27,7 @@ from .banks import Bank, read_same_bank
 from .documents import Prepared
 from .interfaces import Found, Values, Vectors
 from .tables import CHUNK_BITS, among_sql, condition_sql, select
-from .vectors import ExactIndex
+from .vectors import ExactIndex, HnswIndex, has_faiss
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -43,7 +44,7 @@ _UNKNOWN = -1
 class _Index:
     """The index of one bank, whose lock whoever looks at it holds."""
 
-    vectors: ExactIndex
+    vectors: ExactIndex | HnswIndex
     revision: int = _UNKNOWN
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -52,6 +53,7 @@ class SqliteChunks:
     """See ``banks.Chunks``."""
 
     def __init__(self, database: Database) -> None:
+        self.kinds = (IndexKind.EXACT, IndexKind.HNSW) if has_faiss() else (IndexKind.EXACT,)
         self._database = database
         self._indexes: dict[int, _Index] = {}
 
@@ -112,7 +114,12 @@ class SqliteChunks:
             yield SqliteSearch(self._database, connection, bank, index.vectors)
 
     def _index(self, bank: Bank) -> _Index:
-        return self._indexes.setdefault(bank.id, _Index(ExactIndex(bank.dimensions)))
+        if bank.id not in self._indexes:
+            # Without the library a bank that was made for a graph finds more than it has to, only slower.
+            has_graph = bank.kind == IndexKind.HNSW and IndexKind.HNSW in self.kinds
+            vectors = HnswIndex(bank.dimensions) if has_graph else ExactIndex(bank.dimensions)
+            self._indexes[bank.id] = _Index(vectors)
+        return self._indexes[bank.id]
 
     async def _bring_up(self, connection: AsyncConnection, bank: Bank, index: _Index) -> None:
         index.revision = _UNKNOWN  # a cancellation may leave it anywhere between
@@ -138,7 +145,9 @@ class SqliteChunks:
 class SqliteSearch:
     """See ``banks.Search``."""
 
-    def __init__(self, database: Database, connection: AsyncConnection, bank: Bank, vectors: ExactIndex) -> None:
+    def __init__(
+        self, database: Database, connection: AsyncConnection, bank: Bank, vectors: ExactIndex | HnswIndex
+    ) -> None:
         self._database = database
         self._connection = connection
         self._vectors = vectors
@@ -206,14 +215,14 @@ def _bank_word(bank: Bank) -> str:
     return f"bank{bank.id}"
 
 
-def _apply(vectors: ExactIndex, removed: Sequence[int], added: Sequence[tuple[int, Prepared]]) -> None:
+def _apply(vectors: ExactIndex | HnswIndex, removed: Sequence[int], added: Sequence[tuple[int, Prepared]]) -> None:
     vectors.remove(vectors.ids[np.isin(vectors.ids >> CHUNK_BITS, removed)])
     for number, prepared in added:
         vectors.add((number << CHUNK_BITS) + np.arange(len(prepared.chunks)), prepared.vectors_CD)
 
 
 def _search(
-    vectors: ExactIndex, vector_D: Vectors, k: int, documents: Sequence[int] | None
+    vectors: ExactIndex | HnswIndex, vector_D: Vectors, k: int, documents: Sequence[int] | None
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     is_allowed = None if documents is None else np.isin(vectors.ids >> CHUNK_BITS, documents)
     return vectors.search(vector_D, k, is_allowed)

@@ -18,9 +18,10 @@ from llama_stack_memory.embedders import HashingEmbedder
 from llama_stack_memory.extraction import Extractor
 from llama_stack_memory.provider import serve_sqlite
 from llama_stack_memory.sqlite_chunks import SqliteChunks
+from llama_stack_memory.vectors import has_faiss, hnsw
 
 from llama_stack.apis import MemoryBanks
-from llama_stack.apis.memory_banks import QueryMode, QueryRequest
+from llama_stack.apis.memory_banks import IndexKind, QueryMode, QueryRequest
 from llama_stack.distribution import Distribution
 from llama_stack.errors import ConflictError, InvalidRequestError, ModelNotFoundError, SetupError, StorageFullError
 from llama_stack.plugins import discover
@@ -39,13 +40,41 @@ HASHING = MemoryConfig(embedder="builtin:hashing")
 class TestSqlite(MemoryBanksConformance):
     """Everything that any provider must keep to."""
 
+    config = HASHING
+
     @asynccontextmanager
     async def open(self, folder: Path) -> AsyncIterator[MemoryBanks]:
         async with (
             open_store("sqlite", folder) as store,
-            serve_sqlite(HASHING, store.database("memory_banks.sqlite")) as banks,
+            serve_sqlite(self.config, store.database("memory_banks.sqlite")) as banks,
         ):
             yield banks
+
+
+@pytest.mark.skipif(not has_faiss(), reason="faiss-cpu is not installed")
+class TestSqliteWithGraph(TestSqlite):
+    """The same with banks that are searched by a graph, from a few rows on."""
+
+    config = MemoryConfig(embedder="builtin:hashing", index=IndexKind.HNSW)
+    is_exact = False
+
+    @pytest.fixture(autouse=True)
+    def _small(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(hnsw, "SMALL_ROWS", 8)
+
+
+async def test_a_kind_of_index_that_is_not_here_is_refused(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the settings when the stack starts, in a request when it comes; a bank that has it is searched exactly."""
+    graph = MemoryConfig(embedder="builtin:hashing", index=IndexKind.HNSW)
+    async with serve_sqlite(HASHING, database) as banks:
+        await banks.create("atlas", "Atlas", list(ATLAS), index=IndexKind.HNSW if has_faiss() else None)
+    monkeypatch.setattr("llama_stack_memory.sqlite_chunks.has_faiss", lambda: False)
+    with pytest.raises(SetupError, match="install faiss-cpu"):
+        await serve_sqlite(graph, database).__aenter__()
+    async with serve_sqlite(HASHING, database) as banks:
+        with pytest.raises(InvalidRequestError, match="there is no hnsw here; there is: exact"):
+            await banks.create("new", "New", [], index=IndexKind.HNSW)
+        assert await found(banks, "atlas", "the capital of Norway", k=1) == ["oslo"]
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ so the result is that of comparing every row in full. Where nothing can be compi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -94,7 +95,24 @@ class ExactIndex:
 
         Best first, equal ones by id. ``is_allowed_N`` says for each of ``ids`` whether it may be found.
         """
-        rows_C = self._candidates(query_D, k, is_allowed_N)
+        return self._best(self._candidates(query_D, k, is_allowed_N), query_D, k)
+
+    def best(self, ids: Ids, query_D: Vectors, k: int) -> tuple[Ids, NDArray[np.float64]]:
+        """The best ``k`` of these ids, all of which it holds, as ``search`` gives them."""
+        return self._best(np.array([self._row_of[id] for id in ids.tolist()], np.intp), query_D, k)
+
+    def rows(self) -> Iterator[tuple[Ids, Vectors]]:
+        """Everything that it holds, a block at a time; good until the next change."""
+        for number, block in enumerate(self._blocks):
+            ids = self.ids[number * BLOCK_ROWS : (number + 1) * BLOCK_ROWS]
+            yield ids, block.vectors_RD[: len(ids)]
+
+    def sample(self, count: int) -> Vectors:
+        """Some of its vectors, always the same ones while nothing changes."""
+        rows = np.random.default_rng(0).choice(len(self), min(count, len(self)), replace=False)
+        return self._gathered(rows)
+
+    def _best(self, rows_C: NDArray[np.intp], query_D: Vectors, k: int) -> tuple[Ids, NDArray[np.float64]]:
         scores_C = self._exact(rows_C, query_D)
         ids_C = self._ids_N[rows_C]
         order = np.lexsort((ids_C, -scores_C))[:k]
@@ -130,14 +148,19 @@ class ExactIndex:
 
     def _exact(self, rows_C: NDArray[np.intp], query_D: Vectors) -> NDArray[np.float64]:
         scores_C = np.empty(len(rows_C), np.float64)
-        blocks_C, within_C = np.divmod(rows_C, BLOCK_ROWS)
         query = query_D.astype(np.float64)
-        for number in np.unique(blocks_C).tolist():
-            here = blocks_C == number
-            rows_HD = self._blocks[number].vectors_RD[within_C[here]].astype(np.float64)
+        for first in range(0, len(rows_C), BLOCK_ROWS):  # in parts, for all rows may be candidates
+            rows_PD = self._gathered(rows_C[first : first + BLOCK_ROWS]).astype(np.float64)
             # Not BLAS, which may give one row two scores, by where it lies.
-            scores_C[here] = np.einsum("hd,d->h", rows_HD, query)
+            np.einsum("pd,d->p", rows_PD, query, out=scores_C[first : first + BLOCK_ROWS])
         return scores_C
+
+    def _gathered(self, rows_P: NDArray[np.intp]) -> Vectors:
+        """A copy of some rows."""
+        vectors_PD = np.empty((len(rows_P), self.dimensions), np.float32)
+        for place, row in enumerate(rows_P.tolist()):
+            vectors_PD[place] = self._blocks[row // BLOCK_ROWS].vectors_RD[row % BLOCK_ROWS]
+        return vectors_PD
 
     def _grow(self) -> None:
         D = self.dimensions
