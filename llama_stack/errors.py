@@ -24,6 +24,7 @@ it is logged in full and answered 500 without its text. The tree::
     │   ├── MisdirectedError               421  the Host header is not one of ours
     │   ├── InvalidRequestError            422  well-formed, but not valid
     │   │   ├── ContextLengthError
+    │   │   ├── UnreadableDocumentError
     │   │   └── UrlNotAllowedError
     │   ├── HeadersTooLargeError           431
     │   └── RateLimitedError               429
@@ -320,6 +321,13 @@ class UrlNotAllowedError(InvalidRequestError):
 
     code = "url_not_allowed"
     title = "URL not allowed"
+
+
+class UnreadableDocumentError(InvalidRequestError):
+    """A document whose text cannot be had: its media type is not read here, or its bytes are not of it."""
+
+    code = "document_unreadable"
+    title = "Document cannot be read"
 
 
 class RateLimitedError(RequestError):

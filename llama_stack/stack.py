@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -74,6 +74,7 @@ class ProviderStatus:
     state: State
     reason: str | None
     start_seconds: float | None
+    notice: str | None
 
 
 @dataclass(eq=False)
@@ -129,12 +130,23 @@ class Instance:
 
     @property
     def status(self) -> ProviderStatus:
-        state, reason = self.state, self.reason
+        state, reason, notice = self.state, self.reason, None
         if state is State.READY and isinstance(self.started, Api):
-            reason = _unready_reason(self)
+            reason = _said(
+                self, self.started.unready_reason, "it fails to say whether it is ready; see the server's log"
+            )
             state = State.READY if reason is None else State.RECOVERING
+            notice = _said(self, self.started.notice, "it fails to say what to know of it; see the server's log")
         return ProviderStatus(
-            self.section, self.spec.name, self.id, self.plugin, self.is_optional, state, reason, self.start_seconds
+            self.section,
+            self.spec.name,
+            self.id,
+            self.plugin,
+            self.is_optional,
+            state,
+            reason,
+            self.start_seconds,
+            notice,
         )
 
 
@@ -367,13 +379,12 @@ def _mismatch(instance: Instance, started: object) -> ContractMismatchError | No
     return None
 
 
-def _unready_reason(instance: Instance) -> str | None:
+def _said(instance: Instance, ask: Callable[[], str | None], otherwise: str) -> str | None:
     try:
-        reason: str | None = instance.started.unready_reason()
+        return ask()
     except Exception:  # a provider's fault must not hide how the others are
-        logger.exception("%s failed to say whether it is ready", instance)
-        return "it fails to say whether it is ready; see the server's log"
-    return reason
+        logger.exception("%s failed to say how it is", instance)
+        return otherwise
 
 
 def _is_cancelled() -> bool:

@@ -10,6 +10,10 @@ from typing import Any
 
 import pytest
 
+from tests.postgresql import postgresql_schema_url, postgresql_server, postgresql_url
+
+__all__ = ["anyio_backend", "postgresql_schema_url", "postgresql_server", "postgresql_url"]
+
 
 def _refuse_the_network(event: str, arguments: tuple[Any, ...]) -> None:
     """An audit hook: the suite must pass with the network cut off, so a connection elsewhere fails everywhere."""

@@ -181,6 +181,13 @@ class Api(ABC):
         """
         return None
 
+    def notice(self) -> str | None:
+        """What an operator should know of this provider although it serves: a part that stands in, say.
+
+        Shown wherever the provider's state is; called as ``unready_reason`` is.
+        """
+        return None
+
     def prometheus_metrics(self) -> Iterable[Metric]:
         """What ``GET /metrics`` shall show of this provider, besides whether it is up.
 

@@ -1,4 +1,8 @@
-"""The MemoryBanks API: banks of documents that agents retrieve from."""
+"""The MemoryBanks API: banks of documents that agents retrieve from.
+
+A bank splits its documents into chunks, which are what a query finds. How it does (embedding model, sizes of chunks,
+kind of index) is fixed when it is created; what the request leaves out, the provider's settings say.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from .common import Base64, Choice, Id, Items, JsonObject, Label, Maybe, Schema
+from .common import EXTENSION, Base64, Choice, Id, Items, JsonObject, Label, Maybe, Schema
 from .contract import Api, delete, get, post
 
 
@@ -29,16 +33,28 @@ class MemoryBankDocument(Schema):
     mime_type: Label
 
 
+class IndexKind(Choice):
+    """How the vectors of a bank are searched."""
+
+    EXACT = "exact"
+    """Every vector is compared: nothing is missed."""
+    HNSW = "hnsw"
+    """A graph is walked: faster on large banks, and now and then a hit is missed (arXiv:1603.09320)."""
+
+
 class QueryMode(Choice):
     """How a bank is searched."""
 
     VECTOR = "vector"
+    """By cosine similarity to the embedding, or to that of the text."""
     KEYWORD = "keyword"
+    """By the words of the text."""
     HYBRID = "hybrid"
+    """Both, joined by their ranks; without a text as ``vector``."""
 
 
 class QueryRequest(Schema):
-    """Search one bank by a text or by an embedding of its model."""
+    """Search one bank by a text or by an embedding of its model; with neither, list what the filter lets through."""
 
     bank_uuid: Id
     text: Maybe[Annotated[str, Field(max_length=100_000)]] = None
@@ -46,7 +62,7 @@ class QueryRequest(Schema):
     k: int = Field(default=5, ge=1, le=1_000)
     mode: QueryMode = QueryMode.HYBRID
     filter: Maybe[JsonObject] = None
-    """A condition over the documents' metadata, in the filter language of the bank's provider."""
+    """A condition over the documents' metadata: ``{"eq": ["source", "atlas"]}``. See ``llama_stack.apis.filters``."""
 
 
 class QueryHit(Schema):
@@ -64,6 +80,24 @@ class QueryResponse(Schema):
     hits: Items[QueryHit]
 
 
+class DocumentChunk(Schema):
+    """A piece of a document as a bank would store it."""
+
+    document_uuid: Id
+    text: str
+    start: int
+    """Where it begins in the document's text, in characters."""
+    end: int
+    tokens: int
+    """Its length in tokens of the bank's embedding model."""
+
+
+ChunkTokens = Annotated[int, Field(ge=16, le=8192)]
+"""The most tokens of a chunk, counted by the bank's embedding model."""
+ChunkOverlap = Annotated[int, Field(ge=0, le=4096)]
+"""How many tokens a chunk repeats of the one before it, at most."""
+
+
 class MemoryBanks(Api, name="memory_banks", routed_by="bank_uuid"):
     """Banks of documents. Every write applies whole or not at all, and is durable and searchable when it answers.
 
@@ -71,10 +105,20 @@ class MemoryBanks(Api, name="memory_banks", routed_by="bank_uuid"):
     """
 
     @post("/memory_banks/create", creates=True)
-    async def create(self, bank_uuid: Id, bank_name: Id, documents: Items[MemoryBankDocument]) -> None:
+    async def create(
+        self,
+        bank_uuid: Id,
+        bank_name: Id,
+        documents: Items[MemoryBankDocument],
+        embedding_model: Annotated[Maybe[Id], EXTENSION] = None,
+        chunk_tokens: Annotated[Maybe[ChunkTokens], EXTENSION] = None,
+        chunk_overlap: Annotated[Maybe[ChunkOverlap], EXTENSION] = None,
+        index: Annotated[Maybe[IndexKind], EXTENSION] = None,
+    ) -> None:
         """Create a bank holding these documents; an empty list creates an empty bank.
 
-        The same bank again is a success, another of that id raises ``AlreadyExistsError`` (spec rule G10).
+        The same request again is a success, another for that id raises ``AlreadyExistsError`` (spec rule G10). Raises
+        ``ModelNotFoundError`` for an embedding model that is not served.
         """
 
     @get("/memory_banks/get")
@@ -104,3 +148,7 @@ class MemoryBanks(Api, name="memory_banks", routed_by="bank_uuid"):
     @post("/memory_bank/query", extension=True)
     async def query(self, request: QueryRequest) -> QueryResponse:
         """Search a bank."""
+
+    @post("/memory_bank/preview", extension=True)
+    async def preview(self, bank_uuid: Id, documents: Items[MemoryBankDocument]) -> AsyncIterator[DocumentChunk]:
+        """The chunks that an insert of these documents would make; nothing is stored."""

@@ -111,6 +111,7 @@ class BlockingMemoryBanks(BlockingApi, of=MemoryBanks):
     get_documents = blocking(MemoryBanks.get_documents)
     delete_documents = blocking(MemoryBanks.delete_documents)
     query = blocking(MemoryBanks.query)
+    preview = blocking(MemoryBanks.preview)
 
 
 class BlockingAgenticSystem(BlockingApi, of=AgenticSystem):

@@ -181,6 +181,22 @@ async def test_a_provider_that_is_up_and_cannot_serve_is_not_ready(
         assert "reason" not in response.json()["providers"][0]
 
 
+async def test_what_one_should_know_of_a_provider_is_told_beside_its_state() -> None:
+    """It serves, so it is ready; that something stands in for what is missing must not go unseen all the same."""
+
+    class Modest(StubInference):
+        def notice(self) -> str | None:
+            return "the answers are scripted"
+
+    moody = Moody(provider=Modest())
+    moody.may_start.set()
+    async with running(moody.stack()) as stack, client_of(stack) as client:
+        response = await client.get("/health/ready")
+        assert response.status_code == 200
+        status = response.json()["providers"][0]
+        assert (status["state"], status["notice"]) == ("ready", "the answers are scripted")
+
+
 async def test_providers_are_listed_as_lines_or_as_an_array(served: Serving) -> None:
     """The server's own lists follow the rule of all lists."""
     lines = await served.client.get("/providers/list")

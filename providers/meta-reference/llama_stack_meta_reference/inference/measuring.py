@@ -28,8 +28,8 @@ _CLEARLY = 0.5
 def fastest_type(half: str, whole: str, *, compiled: bool) -> tuple[str, str]:
     """``half``, or ``whole`` if that takes less than half the time; and what was measured, in words for an operator.
 
-    Half as many bytes are worth some time, and other work on the machine must not decide. Both are torch's types, by their names. ``compiled`` asks for the
-    kernels of native/, which must be there, instead of torch's own product.
+    Half as many bytes are worth some time, and other work on the machine must not decide. Both are torch's types, by
+    their names. ``compiled`` asks for the kernels of native/, which must be there, instead of torch's own product.
     """
     seconds = measure({name: _work(name, compiled) for name in (half, whole)})
     found = whole if seconds[whole] < _CLEARLY * seconds[half] else half

@@ -1,0 +1,41 @@
+"""An embedder off the event loop, of which requests take turns batch by batch."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import numpy as np
+
+from .chunking import chunk
+from .interfaces import Chunk, ChunkSettings, Embedder, Vectors
+
+BATCH_TEXTS = 32
+"""Texts embedded in one go; between two batches of a large request others get the embedder."""
+
+
+class BatchedEmbedder:
+    """``model`` is what embeds; nothing else calls it."""
+
+    def __init__(self, model: Embedder) -> None:
+        self.model = model
+        self._turn = asyncio.Lock()
+
+    async def embed(self, texts: Sequence[str]) -> Vectors:
+        """The vectors of the texts, in order."""
+        vectors = [np.empty((0, self.model.dimensions), np.float32)]
+        for first in range(0, len(texts), BATCH_TEXTS):
+            async with self._turn:
+                vectors.append(await asyncio.to_thread(self.model.embed, texts[first : first + BATCH_TEXTS]))
+        return np.concatenate(vectors)
+
+    async def embed_query(self, text: str) -> Vectors:
+        """The vector of a query; of one that is longer than the model reads, the mean of its pieces."""
+        pieces = await self.chunk(text, ChunkSettings(self.model.max_tokens, 0))
+        sum_D: Vectors = (await self.embed([piece.text for piece in pieces])).sum(axis=0)
+        sum_D /= np.linalg.norm(sum_D) or 1
+        return sum_D
+
+    async def chunk(self, text: str, settings: ChunkSettings) -> list[Chunk]:
+        """The chunks of a text, counted in the model's tokens."""
+        return await asyncio.to_thread(lambda: chunk(text, self.model.token_spans(text), settings))

@@ -1,0 +1,63 @@
+"""Splits a text into chunks of so many tokens, on the borders of sentences where there are any."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+
+from .interfaces import Chunk, ChunkSettings, Span
+
+LONGEST_TOKEN_CHARS = 100
+"""A longer token, such as a megabyte without a space, is counted and cut as several."""
+_SENTENCE_END = re.compile(r"[.!?…][\"'”’)\]]*\s+|[。！？]|\n\s*\n|\n(?=\s*[-*#|])")  # noqa: RUF001 - not only ASCII ends sentences
+
+
+def chunk(text: str, spans: Sequence[Span], settings: ChunkSettings) -> list[Chunk]:
+    """The chunks of ``text``, whose tokens are at ``spans``; a text without tokens has none.
+
+    A chunk ends with the last sentence that fits, if that leaves it at least half full, else with the last word that
+    fits, else with the last token. The next one begins with the first sentence (or else word) that starts among the
+    last ``settings.overlap`` tokens of it. Every token is in some chunk.
+    """
+    tokens = list(_cut(spans))
+    starts = [start for start, _ in tokens]
+    sentences = [bisect_left(starts, match.end()) for match in _SENTENCE_END.finditer(text)]
+    words = [n for n in range(1, len(tokens)) if _is_border(text, starts[n])]
+    chunks: list[Chunk] = []
+    first = 0
+    while first < len(tokens):
+        last = min(first + settings.tokens, len(tokens))  # exclusive
+        if last < len(tokens):
+            least = first + settings.tokens // 2
+            last = _latest(sentences, least, last) or _latest(words, least, last) or last
+        start, end = tokens[first][0], tokens[last - 1][1]
+        chunks.append(Chunk(text[start:end], start, end, last - first))
+        if last == len(tokens):
+            break
+        overlap = max(last - min(settings.overlap, settings.tokens // 2), first + 1)
+        first = _earliest(sentences, overlap, last) or _earliest(words, overlap, last) or last
+    return chunks
+
+
+def _cut(spans: Sequence[Span]) -> Iterator[Span]:
+    for start, end in spans:
+        for at in range(start, end, LONGEST_TOKEN_CHARS):
+            yield at, min(at + LONGEST_TOKEN_CHARS, end)
+
+
+def _is_border(text: str, at: int) -> bool:
+    """Whether no word reaches over this place."""
+    return not (text[at].isalnum() and text[at - 1].isalnum())
+
+
+def _latest(borders: Sequence[int], least: int, most: int) -> int | None:
+    """The last of the sorted ``borders`` in [least, most]."""
+    n = bisect_right(borders, most)
+    return borders[n - 1] if n and borders[n - 1] >= least else None
+
+
+def _earliest(borders: Sequence[int], least: int, most: int) -> int | None:
+    """The first of the sorted ``borders`` in [least, most]."""
+    n = bisect_left(borders, least)
+    return borders[n] if n < len(borders) and borders[n] <= most else None

@@ -1,0 +1,228 @@
+"""Chunks in SQLite: vectors as BLOBs with an index of each bank in memory, texts in FTS5.
+
+The index follows the table. Each bank has a revision that every write raises; a search reads it in the transaction in
+which it reads the hits, and first brings the index to that revision where it is not there. So whatever wrote (this
+process, one before it, another one beside it), a search sees what is committed and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llama_stack.apis.filters import Condition
+from llama_stack.apis.memory_banks import IndexKind
+from llama_stack.errors import StackError
+from llama_stack.storage import Database
+from llama_stack.storage.cancellation import in_thread
+
+from .banks import Bank, read_same_bank
+from .documents import Prepared
+from .interfaces import Found, Values, Vectors
+from .tables import CHUNK_BITS, among_sql, condition_sql, select
+from .vectors import ExactIndex, HnswIndex, has_faiss
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+logger = logging.getLogger(__name__)
+
+LOAD_ROWS = 4096
+"""Vectors read in one go when an index is brought up to date."""
+_UNKNOWN = -1
+"""The revision of an index that was not made, or not finished."""
+
+
+@dataclass(eq=False)
+class _Index:
+    """The index of one bank, whose lock whoever looks at it holds."""
+
+    vectors: ExactIndex | HnswIndex
+    revision: int = _UNKNOWN
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class SqliteChunks:
+    """See ``banks.Chunks``."""
+
+    def __init__(self, database: Database) -> None:
+        self.kinds = (IndexKind.EXACT, IndexKind.HNSW) if has_faiss() else (IndexKind.EXACT,)
+        self._database = database
+        self._indexes: dict[int, _Index] = {}
+
+    async def add(self, connection: AsyncConnection, bank: Bank, documents: Sequence[tuple[int, Prepared]]) -> None:
+        """Write the chunks of documents, each with its number."""
+        vectors, texts = [], []
+        for number, prepared in documents:
+            for n, (chunk, vector_D) in enumerate(zip(prepared.chunks, prepared.vectors_CD, strict=True)):
+                id = (number << CHUNK_BITS) + n
+                vectors.append({"id": id, "bank": bank.id, "vector": vector_D.tobytes()})
+                texts.append({"id": id, "bank": _bank_word(bank), "text": chunk.text})
+        if vectors:
+            sql = self._database.sql
+            await connection.execute(sql("INSERT INTO {chunks} VALUES (:id, :bank, :vector)"), vectors)
+            await connection.execute(sql("INSERT INTO {texts} (rowid, bank, text) VALUES (:id, :bank, :text)"), texts)
+
+    async def remove(self, connection: AsyncConnection, documents: Sequence[int]) -> None:
+        """Remove the chunks of documents, given by their numbers."""
+        if not documents:
+            return
+        ranges = [{"first": n << CHUNK_BITS, "beyond": (n + 1) << CHUNK_BITS} for n in documents]
+        sql = self._database.sql
+        await connection.execute(sql("DELETE FROM {chunks} WHERE id >= :first AND id < :beyond"), ranges)
+        await connection.execute(sql("DELETE FROM {texts} WHERE rowid >= :first AND rowid < :beyond"), ranges)
+
+    async def written(self, bank: Bank, removed: Sequence[int], added: Sequence[tuple[int, Prepared]]) -> None:
+        """Bring the index to the revision that a write has just made of ``bank``, if nothing else came between."""
+        index = self._index(bank)
+        async with index.lock:
+            if index.revision == bank.revision:
+                index.revision = _UNKNOWN
+                await in_thread(_apply, index.vectors, removed, added)
+                index.revision = bank.revision + 1
+
+    def dropped(self, bank: Bank) -> None:
+        """Forget the index of a bank that is no more."""
+        self._indexes.pop(bank.id, None)
+
+    async def load(self) -> None:
+        """Bring the index of every bank up to date, so that no search has to."""
+        async with self._database.read() as connection:
+            rows = (await connection.execute(self._database.sql("SELECT * FROM {banks} ORDER BY id"))).all()
+        for bank in [Bank(**row._mapping) for row in rows]:
+            try:
+                async with self.search(bank):
+                    pass
+            except StackError as error:  # dropped meanwhile, or the store is in trouble, which a search will tell
+                logger.warning("bank %r is not loaded: %s", bank.uuid, error)
+
+    @asynccontextmanager
+    async def search(self, bank: Bank) -> AsyncIterator[SqliteSearch]:
+        """The bank as it is now. Raises ``NotFoundError`` and ``ConflictError`` where it is no more."""
+        index = self._index(bank)
+        async with index.lock, self._database.read() as connection:
+            now = await read_same_bank(connection, self._database, bank)
+            if index.revision != now.revision:
+                await self._bring_up(connection, now, index)
+            yield SqliteSearch(self._database, connection, bank, index.vectors)
+
+    def _index(self, bank: Bank) -> _Index:
+        if bank.id not in self._indexes:
+            # Without the library a bank that was made for a graph finds more than it has to, only slower.
+            has_graph = bank.kind == IndexKind.HNSW and IndexKind.HNSW in self.kinds
+            vectors = HnswIndex(bank.dimensions) if has_graph else ExactIndex(bank.dimensions)
+            self._indexes[bank.id] = _Index(vectors)
+        return self._indexes[bank.id]
+
+    async def _bring_up(self, connection: AsyncConnection, bank: Bank, index: _Index) -> None:
+        index.revision = _UNKNOWN  # a cancellation may leave it anywhere between
+        sql = self._database.sql
+        found = await connection.execute(
+            sql("SELECT id FROM {chunks} WHERE bank = :bank ORDER BY id"), {"bank": bank.id}
+        )
+        ids = np.array(found.scalars().all(), dtype=np.int64)
+        index.vectors.remove(np.setdiff1d(index.vectors.ids, ids))
+        missing = np.setdiff1d(ids, index.vectors.ids)
+        statement = sql(
+            "SELECT id, vector FROM {chunks} WHERE bank = :bank AND id BETWEEN :first AND :last ORDER BY id"
+        )
+        for start in range(0, len(missing), LOAD_ROWS):
+            wanted = missing[start : start + LOAD_ROWS]
+            values = {"bank": bank.id, "first": int(wanted[0]), "last": int(wanted[-1])}
+            rows = {row.id: row.vector for row in await connection.execute(statement, values)}
+            vectors = np.frombuffer(b"".join(rows[id] for id in wanted.tolist()), np.float32)
+            await in_thread(index.vectors.add, wanted, vectors.reshape(len(wanted), bank.dimensions))
+        index.revision = bank.revision
+
+
+class SqliteSearch:
+    """See ``banks.Search``."""
+
+    def __init__(
+        self, database: Database, connection: AsyncConnection, bank: Bank, vectors: ExactIndex | HnswIndex
+    ) -> None:
+        self._database = database
+        self._connection = connection
+        self._vectors = vectors
+        self._bank = bank
+
+    async def by_vector(self, vector_D: Vectors, k: int, condition: Condition | None) -> list[Found]:
+        """The chunks most similar to a vector of length 1."""
+        documents = None if condition is None else await self._documents(condition)
+        ids, scores = await in_thread(_search, self._vectors, vector_D, k, documents)
+        return [Found(*found) for found in zip(ids.tolist(), scores.tolist(), strict=True)]
+
+    async def by_words(self, words: Sequence[str], k: int, condition: Condition | None) -> list[Found]:
+        """The chunks that fit the words best by BM25; a chunk needs one of them."""
+        quoted = " OR ".join(f'"{word}"' for word in words)
+        match = f"bank : {_bank_word(self._bank)} AND text : ({quoted})"
+        values: Values = {"bank": self._bank.id, "match": match, "k": k}
+        rows = await select(
+            self._connection,
+            self._database,
+            "SELECT rowid AS chunk, -bm25({texts}, 0.0, 1.0) AS score FROM {texts} WHERE {texts} MATCH :match"
+            f" {among_sql('rowid', condition, values)} ORDER BY score DESC, rowid LIMIT :k",
+            values,
+        )
+        return [Found(row.chunk, row.score) for row in rows]
+
+    async def listed(self, k: int, condition: Condition | None) -> list[Found]:
+        """The first chunks of the bank, in the order of their coming, with a score of 0."""
+        values: Values = {"bank": self._bank.id, "k": k}
+        among = among_sql("id", condition, values)
+        rows = await select(
+            self._connection,
+            self._database,
+            f"SELECT id FROM {{chunks}} WHERE bank = :bank {among} ORDER BY id LIMIT :k",
+            values,
+        )
+        return [Found(chunk, 0.0) for (chunk,) in rows]
+
+    async def texts(self, chunks: Sequence[int]) -> dict[int, tuple[str, str, str]]:
+        """For each chunk its document's id, its text, and the document's metadata as JSON."""
+        from sqlalchemy import bindparam
+
+        statement = self._database.sql(
+            "SELECT t.rowid, d.uuid, t.text, d.metadata FROM {texts} t"
+            f" JOIN {{documents}} d ON d.id = t.rowid >> {CHUNK_BITS} WHERE t.rowid IN :chunks"
+        ).bindparams(bindparam("chunks", expanding=True))
+        rows = await self._connection.execute(statement, {"chunks": list(chunks)})
+        return {id: (uuid, text, metadata) for id, uuid, text, metadata in rows}
+
+    async def _documents(self, condition: Condition) -> Sequence[int]:
+        values: Values = {"bank": self._bank.id}
+        where = condition_sql(condition, values)
+        return [
+            id
+            for (id,) in await select(
+                self._connection,
+                self._database,
+                f"SELECT d.id FROM {{documents}} d WHERE d.bank = :bank AND {where}",
+                values,
+            )
+        ]
+
+
+def _bank_word(bank: Bank) -> str:
+    """A word that marks the texts of one bank."""
+    return f"bank{bank.id}"
+
+
+def _apply(vectors: ExactIndex | HnswIndex, removed: Sequence[int], added: Sequence[tuple[int, Prepared]]) -> None:
+    vectors.remove(vectors.ids[np.isin(vectors.ids >> CHUNK_BITS, removed)])
+    for number, prepared in added:
+        vectors.add((number << CHUNK_BITS) + np.arange(len(prepared.chunks)), prepared.vectors_CD)
+
+
+def _search(
+    vectors: ExactIndex | HnswIndex, vector_D: Vectors, k: int, documents: Sequence[int] | None
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    is_allowed = None if documents is None else np.isin(vectors.ids >> CHUNK_BITS, documents)
+    return vectors.search(vector_D, k, is_allowed)
