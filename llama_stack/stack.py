@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -71,6 +71,8 @@ class ProviderStatus:
     state: State
     reason: str | None
     start_seconds: float | None
+    details: Mapping[str, str] | None
+    """What the provider itself adds, while it is up."""
 
 
 @dataclass(eq=False)
@@ -131,8 +133,25 @@ class Instance:
             reason = _unready_reason(self)
             state = State.READY if reason is None else State.RECOVERING
         return ProviderStatus(
-            self.section, self.spec.name, self.id, self.plugin, self.is_optional, state, reason, self.start_seconds
+            self.section,
+            self.spec.name,
+            self.id,
+            self.plugin,
+            self.is_optional,
+            state,
+            reason,
+            self.start_seconds,
+            self._details(),
         )
+
+    def _details(self) -> Mapping[str, str] | None:
+        if not isinstance(self.started, Api):
+            return None
+        try:
+            return self.started.readiness_details() or None
+        except Exception:  # a provider's slip must not take readiness from everyone else
+            logger.exception("%s: readiness_details", self)
+            return None
 
 
 class Stack:

@@ -190,6 +190,14 @@ class Api(ABC):
         """
         return ()
 
+    def readiness_details(self) -> Mapping[str, str]:
+        """What readiness and ``/providers/list`` shall say of this provider while it is up, besides that it is.
+
+        Called in the event loop, so it returns what is known already: which of two ways of working is active, how its
+        self-test came out. Nothing that is secret.
+        """
+        return {}
+
 
 @dataclass(frozen=True)
 class _Mark:
