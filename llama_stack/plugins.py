@@ -28,18 +28,37 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 from .apis import APIS
-from .apis.common import Content, ToolDefinition
 from .apis.config import Config, NoConfig
 from .apis.contract import Api, operations
 from .errors import PluginLoadError, nearest
+from .tools import Tool
 
 if TYPE_CHECKING:
     from click import Command
+
+__all__ = [  # what plugins and the registry import from here; ``Tool`` is what a ``ToolSpec`` starts
+    "API_VERSION",
+    "GROUP",
+    "ApiSpec",
+    "CommandSpec",
+    "FaceSpec",
+    "MiddlewareSpec",
+    "Plugin",
+    "ProviderSpec",
+    "Spec",
+    "Start",
+    "Tool",
+    "ToolSpec",
+    "discover",
+    "hookimpl",
+    "hookspec",
+    "load",
+]
 
 GROUP = "llama_stack"
 API_VERSION = (1, 0)
@@ -60,19 +79,6 @@ _COMPARE: Mapping[str, Callable[[tuple[int, int], tuple[int, int]], bool]] = {
 
 Start = Callable[..., AbstractAsyncContextManager[Any]]
 """An async context manager function whose parameters are its needs, as ``registry.needs`` reads them."""
-
-
-class Tool(Protocol):
-    """Something that an agent can do for a model."""
-
-    @property
-    def definition(self) -> ToolDefinition:
-        """The tool's name and arguments, as the model is told of them."""
-        ...
-
-    async def run(self, arguments: Mapping[str, Any]) -> Content:
-        """What the tool answers. Raises ``StackError`` where the model should read why it did not work."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,9 +31,10 @@ from .errors import (
     StackError,
     UnavailableError,
 )
-from .plugins import FaceSpec, ProviderSpec
-from .registry import Need, NeedKind, Registry, check_provider, needed_apis, needs
+from .plugins import FaceSpec, ProviderSpec, ToolSpec
+from .registry import Need, NeedKind, Registry, check_provider, needed_apis, needs, needs_tools
 from .routing import ModelCatalog, route
+from .tools import Tool, Tools
 
 if TYPE_CHECKING:
     from .storage import Store
@@ -77,9 +78,9 @@ class ProviderStatus:
 
 @dataclass(eq=False)
 class Instance:
-    """One provider or face of the distribution: what it is to be started with, and where it stands."""
+    """One provider, tool or face of the distribution: what it is to be started with, and where it stands."""
 
-    spec: ProviderSpec | FaceSpec
+    spec: ProviderSpec | ToolSpec | FaceSpec
     plugin: str
     id: str
     config: Any
@@ -98,13 +99,13 @@ class Instance:
 
     @property
     def api(self) -> type[Api] | None:
-        """The API that it provides, or ``None`` for a face."""
+        """The API that it provides, or ``None`` for a tool or a face."""
         return self.spec.api if isinstance(self.spec, ProviderSpec) else None
 
     @property
     def section(self) -> str:
-        """Where the YAML lists it: the name of its API, or ``faces``."""
-        return self.api.name if self.api else "faces"
+        """Where the YAML lists it: the name of its API, ``tools``, or ``faces``."""
+        return self.api.name if self.api else "tools" if isinstance(self.spec, ToolSpec) else "faces"
 
     @property
     def label(self) -> str:
@@ -124,7 +125,7 @@ class Instance:
         raise UnavailableError(f"{self} is {self.state.value}")
 
     def __str__(self) -> str:
-        return f"provider {self.id!r} of {self.section!r}" if self.api else f"face {self.id!r}"
+        return f"provider {self.id!r} of {self.section!r}" if self.api else f"{self.section[:-1]} {self.id!r}"
 
     @property
     def status(self) -> ProviderStatus:
@@ -141,17 +142,8 @@ class Instance:
             state,
             reason,
             self.start_seconds,
-            self._details(),
+            _readiness_details(self) if isinstance(self.started, Api) else None,
         )
-
-    def _details(self) -> Mapping[str, str] | None:
-        if not isinstance(self.started, Api):
-            return None
-        try:
-            return self.started.readiness_details() or None
-        except Exception:  # a provider's slip must not take readiness from everyone else
-            logger.exception("%s: readiness_details", self)
-            return None
 
 
 class Stack:
@@ -183,6 +175,12 @@ class Stack:
                 )
                 by_api.setdefault(api, []).append(instance)
         self._providers = [instance for instances in by_api.values() for instance in instances]
+        self._tools: list[Instance] = []
+        for tool in distribution.tools:
+            declared = registry.tool(tool.tool)
+            config = declared.spec.config.read(tool.config)
+            label = declared.plugin.label
+            self._tools.append(Instance(declared.spec, label, tool.tool, config, is_optional=tool.optional))
         self._faces: list[Instance] = []
         for face in distribution.faces:
             installed = registry.face(face.face)
@@ -231,8 +229,8 @@ class Stack:
         )
 
     def status(self) -> list[ProviderStatus]:
-        """Every provider and where it stands, in the order of the YAML."""
-        return [instance.status for instance in self._providers]
+        """Every provider and tool and where it stands, in the order of the YAML."""
+        return [instance.status for instance in [*self._providers, *self._tools]]
 
     async def failed(self) -> None:
         """Wait until the store has failed for good: from then on only a restart can tell what the disk holds."""
@@ -243,7 +241,7 @@ class Stack:
 
         After an error, and at the end, call ``stop``.
         """
-        for instance in [*start_order(self._providers), *self._faces]:
+        for instance in [*start_order([*self._tools, *self._providers]), *self._faces]:
             task = asyncio.create_task(self._run(instance), name=instance.label)
             self._tasks.append((instance, task))
             await _first_try(instance)
@@ -313,6 +311,8 @@ class Stack:
         if need.kind is NeedKind.API:
             assert need.api is not None
             return self._routed.get(need.api) if need.is_optional else self.api(need.api)
+        if need.kind is NeedKind.TOOLS:
+            return Tools(self._tools)
         store = await self._opened_store()
         owner = instance.label.replace("/", ".")
         return store.database(owner) if need.kind is NeedKind.DATABASE else store.blobs(owner)
@@ -349,13 +349,19 @@ def home() -> Path:
 
 def start_order(instances: Sequence[Instance]) -> list[Instance]:
     """The instances, each after those that it needs. Raises ``ProviderStartError`` naming a cycle."""
-    graph = {i: [other for other in instances if other.api in needed_apis(i.spec.start)] for i in instances}
+    graph = {i: [other for other in instances if _comes_before(other, i)] for i in instances}
     try:
         return list(TopologicalSorter(graph).static_order())
     except CycleError as error:
         circle = " -> ".join(instance.label for instance in reversed(error.args[1]))
         what = f"providers need one another in a circle: {circle}; break it at one of them"
         raise ProviderStartError(what) from error
+
+
+def _comes_before(other: Instance, instance: Instance) -> bool:
+    if other.api is None:
+        return needs_tools(instance.spec.start)
+    return other.api in needed_apis(instance.spec.start)
 
 
 async def _first_try(instance: Instance) -> None:
@@ -380,6 +386,10 @@ def _mismatch(instance: Instance, started: object) -> ContractMismatchError | No
             check_provider(instance.spec, started, is_alone=instance.is_alone)
         except ContractMismatchError as error:
             return error
+    if isinstance(instance.spec, ToolSpec) and not isinstance(started, Tool):
+        return ContractMismatchError(
+            instance.spec.name, [f"it yields {type(started).__name__}, not a subclass of Tool"]
+        )
     return None
 
 
@@ -390,6 +400,15 @@ def _unready_reason(instance: Instance) -> str | None:
         logger.exception("%s failed to say whether it is ready", instance)
         return "it fails to say whether it is ready; see the server's log"
     return reason
+
+
+def _readiness_details(instance: Instance) -> Mapping[str, str] | None:
+    try:
+        details: Mapping[str, str] = instance.started.readiness_details()
+    except Exception:  # a provider's fault must not hide how the others are
+        logger.exception("%s failed to give its details", instance)
+        return None
+    return details or None
 
 
 def _is_cancelled() -> bool:

@@ -139,7 +139,7 @@ SSRF = [
 
 @pytest.mark.parametrize("url", SSRF, ids=lambda url: url[:40])
 async def test_no_url_leads_inside(net: Net, url: str) -> None:
-    """With every host allowed, which is the most that an operator can allow, nothing that is not public is connected."""
+    """With every host allowed, the most that an operator can allow, nothing that is not public is connected."""
     with pytest.raises(StackError) as refused:
         await fetched(net, url, max_bytes=100_000)
     assert isinstance(refused.value, UrlNotAllowedError) or "example.com#" in url
