@@ -11,7 +11,7 @@ PROJECTS := $(wildcard providers/*/pyproject.toml)
 TORCH := torch==2.13.0
 ARGS ?=
 
-.PHONY: setup run test simulate kills lint tiny bench-server bench-footprint bench-engine bench-repeats clean help
+.PHONY: setup run test simulate kills lint tiny bench-server bench-footprint bench-engine bench-repeats bench-agents clean help
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -49,6 +49,9 @@ bench-engine: $(VENV)/.test ## tokens a second of the engine, beside transformer
 
 bench-repeats: $(VENV)/.test ## what prefix reuse and look-up decoding save
 	@$(VENV)/bin/python benchmarks/repeats.py $(ARGS)
+
+bench-agents: $(VENV)/.test ## what a turn of an agent costs beside its model, and 200 turns at once
+	@$(VENV)/bin/python benchmarks/agents.py $(ARGS)
 
 clean: ## remove the environment
 	rm -rf $(VENV)
