@@ -16,7 +16,8 @@ import asyncio
 import inspect
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, Protocol, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
@@ -39,6 +40,14 @@ class Tool(ABC):
 
         Arguments are what the model wrote, and nobody has checked them. Cancelling the call stops the work.
         """
+
+    @asynccontextmanager
+    async def session(self) -> AsyncIterator[Tool]:
+        """The tool for the length of a turn, opened at the turn's first call of it.
+
+        A tool that keeps something between the calls of a turn, or holds a connection, yields one that does.
+        """
+        yield self
 
     @staticmethod
     def from_function(function: Callable[..., Any], *, name: str | None = None) -> Tool:

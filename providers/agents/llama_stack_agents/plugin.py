@@ -11,6 +11,7 @@ from llama_stack.storage import Database
 from llama_stack.tools import Tool, Tools
 
 from .config import AgentsConfig
+from .tools.sandbox import SandboxConfig
 
 
 @asynccontextmanager
@@ -50,6 +51,16 @@ async def start_calculator() -> AsyncIterator[Tool]:
     yield math_tool("calculator")
 
 
+@asynccontextmanager
+async def start_code_interpreter(config: SandboxConfig) -> AsyncIterator[Tool]:
+    """Python in a sandbox; without one the tool does not start, and says why."""
+    from .tools.code_interpreter import CodeInterpreter
+    from .tools.sandbox import check
+
+    await check(config)
+    yield CodeInterpreter(config)
+
+
 @hookimpl
 def llama_stack_providers() -> Iterator[ProviderSpec]:
     """One provider of the agentic system."""
@@ -66,4 +77,10 @@ def llama_stack_providers() -> Iterator[ProviderSpec]:
 def llama_stack_tools() -> Iterator[ToolSpec]:
     """The tools, by the names that Llama models know."""
     yield ToolSpec(name="math", start=start_math, description="Arithmetic, as Llama 3.1 and later call it unasked")
+    yield ToolSpec(
+        name="code_interpreter",
+        start=start_code_interpreter,
+        config=SandboxConfig,
+        description="Python in a sandbox (bubblewrap)",
+    )
     yield ToolSpec(name="calculator", start=start_calculator, description="Arithmetic, for any other model")

@@ -6,25 +6,34 @@ import asyncio
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import AsyncExitStack
 
 from llama_stack.apis.agentic_system import AgenticSystemCreateRequest
 from llama_stack.apis.common import Content, ToolCall, ToolDefinition, ToolResponse
 from llama_stack.errors import StackError, listed, nearest
-from llama_stack.tools import Tools
+from llama_stack.tools import Tool, Tools
 
 from .config import AgentsConfig
 
 logger = logging.getLogger("llama_stack.agents")
 
 
-@dataclass(frozen=True)
 class Toolbox:
-    """The tools of one agent."""
+    """The tools of one agent for one turn; leaving it ends their sessions."""
 
-    agent: AgenticSystemCreateRequest
-    tools: Tools
-    config: AgentsConfig
+    def __init__(self, agent: AgenticSystemCreateRequest, tools: Tools, config: AgentsConfig) -> None:
+        self.agent = agent
+        self.tools = tools
+        self.config = config
+        self._sessions: dict[str, Tool] = {}
+        self._opening = asyncio.Lock()
+        self._opened = AsyncExitStack()
+
+    async def __aenter__(self) -> Toolbox:
+        return self
+
+    async def __aexit__(self, *raised: object) -> None:
+        await self._opened.aclose()
 
     def definitions(self) -> list[ToolDefinition]:
         """The tools as the model is told of them: what the agent leaves out of one that is served, the tool says."""
@@ -64,7 +73,14 @@ class Toolbox:
         if self.definition(call) is None:
             names = [tool.tool_name for tool in self._available]
             return f"error: there is no tool {call.tool_name!r}{nearest(call.tool_name, names)}; tools: {listed(names)}"
-        return await self.tools.find(call.tool_name).run(call.arguments)
+        return await (await self._session(call.tool_name)).run(call.arguments)
+
+    async def _session(self, name: str) -> Tool:
+        async with self._opening:  # calls side by side share one
+            if name not in self._sessions:
+                opening = self.tools.find(name).session()
+                self._sessions[name] = await self._opened.enter_async_context(opening)
+            return self._sessions[name]
 
     def _told(self, given: ToolDefinition) -> ToolDefinition:
         try:

@@ -102,7 +102,7 @@ class TurnLoop:
         reason = StopReason.FINISHED_OK
         deadline = asyncio.timeout(self._limits.seconds)
         try:
-            async with deadline:
+            async with self._toolbox, deadline:
                 reason = await self._take(request)
         except Stopped as stopped:
             reason = await self._stop(stopped.violation)

@@ -152,6 +152,7 @@ async def stage(
     *answers: Answer,
     tools: Sequence[Callable[..., Any]] = (),
     client_tools: Sequence[str] = (),
+    served: Sequence[Tool] = (),
     banks: Shelf | None = None,
     bank_uuids: Sequence[str] = (),
     shields_in: Sequence[str] = (),
@@ -167,13 +168,14 @@ async def stage(
     settings = AgentsConfig.model_validate(config or {})
     scripted = model or ScriptedInference(*answers)
     safety = WordShields()
-    served = Tools([Backend(Tool.from_function(function)) for function in tools])
+    all_served = [*map(Tool.from_function, tools), *served]
+    toolset = Tools([Backend(tool) for tool in all_served])
     async with open_store("sqlite::memory:", Path()) as store:
         database = store.database("test.agents")
         await database.migrate(MIGRATIONS)
-        services = Services(settings, scripted, safety, banks, served, fetcher or Fetcher(settings.fetch))
+        services = Services(settings, scripted, safety, banks, toolset, fetcher or Fetcher(settings.fetch))
         provider = AgentsProvider(services, Agents(database))
-        names = [function.__name__ for function in tools]
+        names = [tool.definition.tool_name for tool in all_served]
         await provider.create(
             AgenticSystemCreateRequest(
                 uuid="a",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import re
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from llama_stack.apis.agentic_system import (
     ModelInferenceStep,
     ToolExecutionStep,
 )
-from llama_stack.apis.common import Attachment, Message, StopReason, ToolResponse
+from llama_stack.apis.common import Attachment, Message, StopReason, ToolDefinition, ToolResponse
 from llama_stack.client import chunks
 from llama_stack.errors import (
     ContextLengthError,
@@ -32,6 +33,7 @@ from llama_stack.errors import (
 )
 from llama_stack.shields import SHIELD_ERROR
 from llama_stack.testing.scripted_inference import Answer
+from llama_stack.tools import Tool
 from llama_stack.turns import turn_of
 from tests.providers.agents.stage import REFUSED, Shelf, call, kinds, stage
 
@@ -592,6 +594,54 @@ async def test_a_model_that_is_gone_ends_the_turn_as_an_error(streamed: bool) ->
         on.model._by = gone
         with pytest.raises(ModelNotFoundError):
             await on.turn("Hi", streamed=streamed)
+
+
+@both
+async def test_a_tool_has_one_session_a_turn_and_it_ends_with_the_turn(streamed: bool) -> None:
+    """What a call leaves behind the next one finds, and the next turn does not."""
+    events: list[str] = []
+
+    class Counter(Tool):
+        definition = ToolDefinition(tool_name="count")
+        calls = 0
+
+        @asynccontextmanager
+        async def session(self) -> AsyncIterator[Tool]:
+            events.append("open")
+            yield Counter()
+            events.append("close")
+
+        async def run(self, arguments: Mapping[str, Any]) -> str:
+            self.calls += 1
+            return str(self.calls)
+
+    script: list[Answer] = [[call("count"), call("count")], [call("count")], ["Done."]]
+    async with stage(*script, *script, served=[Counter()]) as on:
+        for _ in range(2):
+            turn = await on.turn("Count", streamed=streamed)
+            assert tool_results(turn) == ["1", "2", "3"]
+    assert events == ["open", "close"] * 2
+
+
+@both
+async def test_a_session_that_cannot_be_opened_is_the_tool_s_answer(streamed: bool) -> None:
+    """A server of tools that is down is no reason to end a turn."""
+
+    class Closed(Tool):
+        definition = ToolDefinition(tool_name="closed")
+
+        @asynccontextmanager
+        async def session(self) -> AsyncIterator[Tool]:
+            if self:
+                raise OverloadedError("no more sessions")
+            yield self
+
+        async def run(self, arguments: Mapping[str, Any]) -> str:
+            return "never"
+
+    async with stage([call("closed")], ["Sorry."], served=[Closed()]) as on:
+        turn = await on.turn("Go", streamed=streamed)
+    assert tool_results(turn) == ["error: no more sessions"]
 
 
 async def test_the_chunks_of_a_long_turn_add_up_to_the_plain_turn() -> None:
