@@ -25,10 +25,12 @@ async def start_llama_guard(config: LlamaGuardConfig, inference: Inference) -> A
 @asynccontextmanager
 async def start_prompt_guard(config: PromptGuardConfig) -> AsyncIterator[Safety]:
     """A Prompt Guard checkpoint where one is configured, else the built-in detector."""
+    import asyncio
+
     from .prompt_guard import PromptGuard
     from .shield import started
 
-    yield await started(PromptGuard(config), config)
+    yield await started(await asyncio.to_thread(PromptGuard, config), config)
 
 
 @asynccontextmanager

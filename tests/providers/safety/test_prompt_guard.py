@@ -7,7 +7,7 @@ import base64
 import pytest
 from llama_stack_safety.attacks import EXAMPLES, RULES
 from llama_stack_safety.detector import MAX_CHARACTERS, detect
-from llama_stack_safety.prompt_guard import PromptGuard, PromptGuardConfig, PromptGuardParams
+from llama_stack_safety.prompt_guard import BUILT_IN_THRESHOLD, PromptGuard, PromptGuardConfig, PromptGuardParams
 
 from llama_stack.apis.common import Message, ToolResponse
 
@@ -69,7 +69,7 @@ def test_a_plain_attack_is_found(text: str) -> None:
 @pytest.mark.parametrize("text", BENIGN)
 def test_a_harmless_message_is_let_pass(text: str) -> None:
     """The words of an attack have other uses; a guard that objects to them is switched off."""
-    assert detect(text).score < PromptGuardParams().threshold
+    assert detect(text).score < BUILT_IN_THRESHOLD
 
 
 def test_every_rule_is_needed_by_an_attack() -> None:
@@ -81,7 +81,7 @@ def test_every_rule_is_needed_by_an_attack() -> None:
 def test_a_known_attack_is_found_in_other_words_around_it(example: str) -> None:
     """A long harmless text must not thin out the sentence that matters."""
     around = "The weather was fine and we went for a walk by the river. " * 20
-    assert detect(around + example + " " + around).score >= PromptGuardParams().threshold
+    assert detect(around + example + " " + around).score >= BUILT_IN_THRESHOLD
 
 
 @pytest.mark.parametrize(
