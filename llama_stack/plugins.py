@@ -36,12 +36,12 @@ from .apis import APIS
 from .apis.config import Config, NoConfig
 from .apis.contract import Api, operations
 from .errors import PluginLoadError, nearest
-from .tools import Tool
+from .tools import Tool, ToolSource
 
 if TYPE_CHECKING:
     from click import Command
 
-__all__ = [  # what plugins and the registry import from here; ``Tool`` is what a ``ToolSpec`` starts
+__all__ = [  # what plugins and the registry import from here; a ``Tool`` is what a ``ToolSpec`` starts
     "API_VERSION",
     "GROUP",
     "ApiSpec",
@@ -53,6 +53,7 @@ __all__ = [  # what plugins and the registry import from here; ``Tool`` is what 
     "Spec",
     "Start",
     "Tool",
+    "ToolSource",
     "ToolSpec",
     "discover",
     "hookimpl",
@@ -118,7 +119,10 @@ class ApiSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolSpec:
-    """A tool that agents may be given. ``start`` yields a ``Tool`` and has needs as a provider's start has."""
+    """A tool that agents may be given, or several.
+
+    ``start`` yields a ``Tool`` or a ``ToolSource`` and has needs as a provider's start has.
+    """
 
     name: str
     start: Start

@@ -34,7 +34,7 @@ from .errors import (
 from .plugins import FaceSpec, ProviderSpec, ToolSpec
 from .registry import Need, NeedKind, Registry, check_provider, needed_apis, needs, needs_tools
 from .routing import ModelCatalog, route
-from .tools import Tool, Tools
+from .tools import Tools, ToolSource
 
 if TYPE_CHECKING:
     from .storage import Store
@@ -180,7 +180,8 @@ class Stack:
             declared = registry.tool(tool.tool)
             config = declared.spec.config.read(tool.config)
             label = declared.plugin.label
-            self._tools.append(Instance(declared.spec, label, tool.tool, config, is_optional=tool.optional))
+            id = tool.id or tool.tool
+            self._tools.append(Instance(declared.spec, label, id, config, is_optional=tool.optional))
         self._faces: list[Instance] = []
         for face in distribution.faces:
             installed = registry.face(face.face)
@@ -386,9 +387,9 @@ def _mismatch(instance: Instance, started: object) -> ContractMismatchError | No
             check_provider(instance.spec, started, is_alone=instance.is_alone)
         except ContractMismatchError as error:
             return error
-    if isinstance(instance.spec, ToolSpec) and not isinstance(started, Tool):
+    if isinstance(instance.spec, ToolSpec) and not isinstance(started, ToolSource):
         return ContractMismatchError(
-            instance.spec.name, [f"it yields {type(started).__name__}, not a subclass of Tool"]
+            instance.spec.name, [f"it yields {type(started).__name__}, not a subclass of Tool or ToolSource"]
         )
     return None
 

@@ -17,7 +17,7 @@ import inspect
 import json
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Protocol, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
@@ -26,7 +26,31 @@ from .apis.common import Attachment, Content, ToolDefinition
 from .errors import InvalidRequestError, NotFoundError, listed
 
 
-class Tool(ABC):
+class ToolSession(Protocol):
+    """Tools for the length of a turn."""
+
+    async def call(self, name: str, arguments: Mapping[str, Any]) -> Content:
+        """What the tool of that name answers. Raises ``StackError`` where the model should read why it did not work.
+
+        Arguments are what the model wrote, and nobody has checked them. Cancelling the call stops the work.
+        """
+        ...
+
+
+class ToolSource(ABC):
+    """One or more tools that share a session, such as those of one server."""
+
+    @property
+    @abstractmethod
+    def definitions(self) -> Sequence[ToolDefinition]:
+        """The tools' names and arguments, as the model is told of them."""
+
+    @abstractmethod
+    def session(self) -> AbstractAsyncContextManager[ToolSession]:
+        """The tools for the length of a turn. It is entered at the turn's first call, and left by the same task."""
+
+
+class Tool(ToolSource):
     """Something that an agent can do for a model."""
 
     @property
@@ -36,18 +60,20 @@ class Tool(ABC):
 
     @abstractmethod
     async def run(self, arguments: Mapping[str, Any]) -> Content:
-        """What the tool answers. Raises ``StackError`` where the model should read why it did not work.
+        """What the tool answers, as ``ToolSession.call`` has it."""
 
-        Arguments are what the model wrote, and nobody has checked them. Cancelling the call stops the work.
-        """
+    @property
+    def definitions(self) -> Sequence[ToolDefinition]:
+        return (self.definition,)
 
     @asynccontextmanager
-    async def session(self) -> AsyncIterator[Tool]:
-        """The tool for the length of a turn, opened at the turn's first call of it.
-
-        A tool that keeps something between the calls of a turn, or holds a connection, yields one that does.
-        """
+    async def session(self) -> AsyncIterator[ToolSession]:
+        """The tool itself. One that keeps something between the calls of a turn yields another."""
         yield self
+
+    async def call(self, name: str, arguments: Mapping[str, Any]) -> Content:
+        """``run``, for a session of one tool."""
+        return await self.run(arguments)
 
     @staticmethod
     def from_function(function: Callable[..., Any], *, name: str | None = None) -> Tool:
@@ -60,15 +86,15 @@ class Tool(ABC):
 
 
 class ToolBackend(Protocol):
-    """A tool of the distribution, running or not."""
+    """An entry under ``tools:``, running or not."""
 
     id: str
 
     @property
     def is_running(self) -> bool: ...
 
-    def running(self) -> Tool:
-        """The tool's own object. Raises ``UnavailableError`` with the reason while there is none."""
+    def running(self) -> ToolSource:
+        """What was started. Raises ``UnavailableError`` with the reason while there is none."""
         ...
 
 
@@ -80,18 +106,23 @@ class Tools:
 
     def names(self) -> list[str]:
         """The tools that the distribution lists, whether they are up or not."""
-        return [_name(backend) for backend in self._backends]
+        return [name for backend in self._backends for name in _names(backend)]
 
-    def find(self, name: str) -> Tool:
-        """The tool of that name. Raises ``NotFoundError``, and ``UnavailableError`` for one that is not up."""
+    def find(self, name: str) -> ToolSource:
+        """Where the tool of that name is from. Raises ``NotFoundError``, and ``UnavailableError`` while it is down."""
         for backend in self._backends:
-            if _name(backend) == name:
+            if name in _names(backend):
                 return backend.running()
         raise NotFoundError(f"tool {name!r} is not served here; served: {listed(self.names())}", param="tool_name")
 
+    def definition(self, name: str) -> ToolDefinition:
+        """What the tool of that name says of itself. Raises as ``find`` does."""
+        return next(each for each in self.find(name).definitions if each.tool_name == name)
 
-def _name(backend: ToolBackend) -> str:
-    return backend.running().definition.tool_name if backend.is_running else backend.id
+
+def _names(backend: ToolBackend) -> list[str]:
+    """The entry's own name stands for its tools while it is down, for nobody knows them then."""
+    return [each.tool_name for each in backend.running().definitions] if backend.is_running else [backend.id]
 
 
 class _FunctionTool(Tool):

@@ -219,7 +219,8 @@ async def test_a_provider_is_given_the_tools_that_the_distribution_lists(tmp_pat
     async with running(stack_of(house, tmp_path, {"tool": "greet", "config": {"word": "Hi"}})) as stack:
         assert house.tools is not None
         assert house.tools.names() == ["say_hello"]
-        assert await house.tools.find("say_hello").run({"name": "Ann"}) == "Hi, Ann, from us."
+        async with house.tools.find("say_hello").session() as session:
+            assert await session.call("say_hello", {"name": "Ann"}) == "Hi, Ann, from us."
         with pytest.raises(NotFoundError, match="served: say_hello"):
             house.tools.find("greet")
         assert [(status.api, status.id, status.state) for status in stack.status()][-1] == ("tools", "greet", "ready")

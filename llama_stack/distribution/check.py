@@ -145,8 +145,10 @@ class _Check:
                 continue
             spec = installed.spec
             self._config(spec.config, item, path)
-            if first.setdefault(spec.name, name.mark) is not name.mark:
-                what = f"the {key} {spec.name!r} is on line {first[spec.name].line} already"
+            given = _text_of(item, "id")
+            id = str(given.value) if given is not None else spec.name
+            if first.setdefault(id, name.mark) is not name.mark:
+                what = f"the {key} {id!r} is on line {first[id].line} already"
                 self._fault(name.mark, (*path, key), what, "keep one of the two")
             if self._is_sound(installed, f"{key} {spec.name!r}", name.mark, (*path, key)):
                 self._needs(spec, f"{key} {spec.name!r}", name.mark, path)

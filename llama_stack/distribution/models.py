@@ -44,6 +44,8 @@ class ToolEntry(Config):
 
     tool: Name
     """The name under which an installed plugin declares the tool."""
+    id: Name | None = None
+    """What it is called in this distribution, where one tool is listed several times; its own name when left out."""
     optional: bool = False
     """Whether the stack starts without it: a call then tells the model the reason, and the start is tried again."""
     config: dict[str, JsonValue] = Field(default_factory=dict)

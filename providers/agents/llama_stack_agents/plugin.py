@@ -8,9 +8,10 @@ from contextlib import asynccontextmanager
 from llama_stack.apis import AgenticSystem, Inference, MemoryBanks, Safety
 from llama_stack.plugins import ProviderSpec, ToolSpec, hookimpl
 from llama_stack.storage import Database
-from llama_stack.tools import Tool, Tools
+from llama_stack.tools import Tool, Tools, ToolSource
 
 from .config import AgentsConfig
+from .tools.mcp import McpConfig
 from .tools.sandbox import SandboxConfig
 
 
@@ -61,6 +62,14 @@ async def start_code_interpreter(config: SandboxConfig) -> AsyncIterator[Tool]:
     yield CodeInterpreter(config)
 
 
+@asynccontextmanager
+async def start_mcp(config: McpConfig) -> AsyncIterator[ToolSource]:
+    """The tools of an MCP server."""
+    from .tools.mcp import connected
+
+    yield await connected(config)
+
+
 @hookimpl
 def llama_stack_providers() -> Iterator[ProviderSpec]:
     """One provider of the agentic system."""
@@ -83,4 +92,5 @@ def llama_stack_tools() -> Iterator[ToolSpec]:
         config=SandboxConfig,
         description="Python in a sandbox (bubblewrap)",
     )
+    yield ToolSpec(name="mcp", start=start_mcp, config=McpConfig, description="The tools of an MCP server")
     yield ToolSpec(name="calculator", start=start_calculator, description="Arithmetic, for any other model")

@@ -6,14 +6,16 @@ import asyncio
 import json
 import logging
 from collections.abc import Sequence
-from contextlib import AsyncExitStack
 
 from llama_stack.apis.agentic_system import AgenticSystemCreateRequest
 from llama_stack.apis.common import Content, ToolCall, ToolDefinition, ToolResponse
 from llama_stack.errors import StackError, listed, nearest
-from llama_stack.tools import Tool, Tools
+from llama_stack.tools import Tools, ToolSession, ToolSource
 
 from .config import AgentsConfig
+
+CLOSE_SECONDS = 5.0
+"""How long a session may take to be left."""
 
 logger = logging.getLogger("llama_stack.agents")
 
@@ -25,15 +27,14 @@ class Toolbox:
         self.agent = agent
         self.tools = tools
         self.config = config
-        self._sessions: dict[str, Tool] = {}
+        self._sessions: dict[ToolSource, HeldSession] = {}
         self._opening = asyncio.Lock()
-        self._opened = AsyncExitStack()
 
     async def __aenter__(self) -> Toolbox:
         return self
 
     async def __aexit__(self, *raised: object) -> None:
-        await self._opened.aclose()
+        await asyncio.gather(*(held.close() for held in self._sessions.values()))
 
     def definitions(self) -> list[ToolDefinition]:
         """The tools as the model is told of them: what the agent leaves out of one that is served, the tool says."""
@@ -73,18 +74,20 @@ class Toolbox:
         if self.definition(call) is None:
             names = [tool.tool_name for tool in self._available]
             return f"error: there is no tool {call.tool_name!r}{nearest(call.tool_name, names)}; tools: {listed(names)}"
-        return await (await self._session(call.tool_name)).run(call.arguments)
+        session = await self._session(self.tools.find(call.tool_name))
+        return await session.call(call.tool_name, call.arguments)
 
-    async def _session(self, name: str) -> Tool:
+    async def _session(self, source: ToolSource) -> ToolSession:
         async with self._opening:  # calls side by side share one
-            if name not in self._sessions:
-                opening = self.tools.find(name).session()
-                self._sessions[name] = await self._opened.enter_async_context(opening)
-            return self._sessions[name]
+            held = self._sessions.get(source)
+            if held is None:
+                held = HeldSession(source)
+                self._sessions[source] = held
+            return await held.opened()
 
     def _told(self, given: ToolDefinition) -> ToolDefinition:
         try:
-            own = self.tools.find(given.tool_name).definition
+            own = self.tools.definition(given.tool_name)
         except StackError:  # it is down for now; a call of it will say so
             return given
         missing = {"parameters": own.parameters, "description": own.description}
@@ -97,6 +100,38 @@ class Toolbox:
         if length <= most:
             return content
         return f"error: the tool answered {length} characters, and at most {most} are read; ask for less"
+
+
+class HeldSession:
+    """A session in a task of its own, which enters it and leaves it: libraries with cancel scopes want it so."""
+
+    def __init__(self, source: ToolSource) -> None:
+        self._ended = asyncio.Event()
+        self._session: asyncio.Future[ToolSession] = asyncio.get_running_loop().create_future()
+        self._task = asyncio.create_task(self._hold(source))
+
+    async def opened(self) -> ToolSession:
+        """The session. Raises what opening it raised."""
+        return await asyncio.shield(self._session)
+
+    async def close(self) -> None:
+        """Leave the session; one that takes long over it is cancelled."""
+        self._ended.set()
+        await asyncio.wait([self._task], timeout=CLOSE_SECONDS)
+        self._task.cancel()
+        await asyncio.wait([self._task])
+
+    async def _hold(self, source: ToolSource) -> None:
+        try:
+            async with source.session() as session:
+                self._session.set_result(session)
+                await self._ended.wait()
+        except Exception as error:
+            if self._session.done():
+                logger.warning("a session of tools ended badly", exc_info=error)
+            else:
+                self._session.set_exception(error)
+                self._session.exception()  # seen: nobody may be waiting for it any more
 
 
 def call_key(call: ToolCall) -> str:

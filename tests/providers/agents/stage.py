@@ -30,7 +30,7 @@ from llama_stack.errors import NotFoundError
 from llama_stack.fetch import Fetcher
 from llama_stack.storage import open_store
 from llama_stack.testing.scripted_inference import SCRIPTED_MODEL, Answer, ScriptedInference
-from llama_stack.tools import Tool, Tools
+from llama_stack.tools import Tool, Tools, ToolSource
 from llama_stack.turns import turn_of
 
 REFUSED = "Let us talk of something else."
@@ -110,12 +110,12 @@ class Backend:
 
     is_running = True
 
-    def __init__(self, tool: Tool) -> None:
-        self.id = tool.definition.tool_name
-        self._tool = tool
+    def __init__(self, source: ToolSource) -> None:
+        self.id = source.definitions[0].tool_name
+        self._source = source
 
-    def running(self) -> Tool:
-        return self._tool
+    def running(self) -> ToolSource:
+        return self._source
 
 
 class Stage:
@@ -152,7 +152,7 @@ async def stage(
     *answers: Answer,
     tools: Sequence[Callable[..., Any]] = (),
     client_tools: Sequence[str] = (),
-    served: Sequence[Tool] = (),
+    served: Sequence[ToolSource] = (),
     banks: Shelf | None = None,
     bank_uuids: Sequence[str] = (),
     shields_in: Sequence[str] = (),
@@ -168,14 +168,14 @@ async def stage(
     settings = AgentsConfig.model_validate(config or {})
     scripted = model or ScriptedInference(*answers)
     safety = WordShields()
-    all_served = [*map(Tool.from_function, tools), *served]
+    all_served: list[ToolSource] = [*map(Tool.from_function, tools), *served]
     toolset = Tools([Backend(tool) for tool in all_served])
     async with open_store("sqlite::memory:", Path()) as store:
         database = store.database("test.agents")
         await database.migrate(MIGRATIONS)
         services = Services(settings, scripted, safety, banks, toolset, fetcher or Fetcher(settings.fetch))
         provider = AgentsProvider(services, Agents(database))
-        names = [tool.definition.tool_name for tool in all_served]
+        names = toolset.names()
         await provider.create(
             AgenticSystemCreateRequest(
                 uuid="a",

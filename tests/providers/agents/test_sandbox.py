@@ -274,12 +274,14 @@ async def _draw(folder: Path) -> None:
     )
     tool = CodeInterpreter(SMALL.model_copy(update={"folders": (folder,)}))
     async with tool.session() as one:
-        shown = await one.run({"code": "import matplotlib.pyplot as plt\nplt.plot([1])\nprint('drawn')"})
+        shown = await one.call(
+            "code_interpreter", {"code": "import matplotlib.pyplot as plt\nplt.plot([1])\nprint('drawn')"}
+        )
         assert shown == [
             "drawn\n",
             Attachment(url=f"data:image/png;base64,{base64.b64encode(b'PNG').decode()}", mime_type="image/png"),
         ]
-        assert await one.run({"code": "1"}) == "1\n"
+        assert await one.call("code_interpreter", {"code": "1"}) == "1\n"
 
 
 @needs_sandbox

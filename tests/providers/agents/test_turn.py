@@ -33,7 +33,7 @@ from llama_stack.errors import (
 )
 from llama_stack.shields import SHIELD_ERROR
 from llama_stack.testing.scripted_inference import Answer
-from llama_stack.tools import Tool
+from llama_stack.tools import Tool, ToolSession
 from llama_stack.turns import turn_of
 from tests.providers.agents.stage import REFUSED, Shelf, call, kinds, stage
 
@@ -606,7 +606,7 @@ async def test_a_tool_has_one_session_a_turn_and_it_ends_with_the_turn(streamed:
         calls = 0
 
         @asynccontextmanager
-        async def session(self) -> AsyncIterator[Tool]:
+        async def session(self) -> AsyncIterator[ToolSession]:
             events.append("open")
             yield Counter()
             events.append("close")
@@ -631,7 +631,7 @@ async def test_a_session_that_cannot_be_opened_is_the_tool_s_answer(streamed: bo
         definition = ToolDefinition(tool_name="closed")
 
         @asynccontextmanager
-        async def session(self) -> AsyncIterator[Tool]:
+        async def session(self) -> AsyncIterator[ToolSession]:
             if self:
                 raise OverloadedError("no more sessions")
             yield self

@@ -8,7 +8,7 @@ from typing import Any
 
 from llama_stack.apis.common import Attachment, Content, ToolDefinition
 from llama_stack.errors import InvalidRequestError
-from llama_stack.tools import Tool
+from llama_stack.tools import Tool, ToolSession
 
 from .sandbox import SandboxConfig, Session, session
 
@@ -28,13 +28,13 @@ class CodeInterpreter(Tool):
         self._config = config
 
     @asynccontextmanager
-    async def session(self) -> AsyncIterator[Tool]:
+    async def session(self) -> AsyncIterator[ToolSession]:
         async with session(self._config) as sandbox:
             yield _InSession(sandbox)
 
     async def run(self, arguments: Mapping[str, Any]) -> Content:
-        async with self.session() as tool:
-            return await tool.run(arguments)
+        async with self.session() as alone:
+            return await alone.call(DEFINITION.tool_name, arguments)
 
 
 class _InSession(Tool):
