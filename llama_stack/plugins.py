@@ -28,18 +28,38 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 from .apis import APIS
-from .apis.common import Content, ToolDefinition
 from .apis.config import Config, NoConfig
 from .apis.contract import Api, operations
 from .errors import PluginLoadError, nearest
+from .tools import Tool, ToolSource
 
 if TYPE_CHECKING:
     from click import Command
+
+__all__ = [  # what plugins and the registry import from here; a ``Tool`` is what a ``ToolSpec`` starts
+    "API_VERSION",
+    "GROUP",
+    "ApiSpec",
+    "CommandSpec",
+    "FaceSpec",
+    "MiddlewareSpec",
+    "Plugin",
+    "ProviderSpec",
+    "Spec",
+    "Start",
+    "Tool",
+    "ToolSource",
+    "ToolSpec",
+    "discover",
+    "hookimpl",
+    "hookspec",
+    "load",
+]
 
 GROUP = "llama_stack"
 API_VERSION = (1, 0)
@@ -60,19 +80,6 @@ _COMPARE: Mapping[str, Callable[[tuple[int, int], tuple[int, int]], bool]] = {
 
 Start = Callable[..., AbstractAsyncContextManager[Any]]
 """An async context manager function whose parameters are its needs, as ``registry.needs`` reads them."""
-
-
-class Tool(Protocol):
-    """Something that an agent can do for a model."""
-
-    @property
-    def definition(self) -> ToolDefinition:
-        """The tool's name and arguments, as the model is told of them."""
-        ...
-
-    async def run(self, arguments: Mapping[str, Any]) -> Content:
-        """What the tool answers. Raises ``StackError`` where the model should read why it did not work."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +119,10 @@ class ApiSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolSpec:
-    """A tool that agents may be given. ``start`` yields a ``Tool`` and has needs as a provider's start has."""
+    """A tool that agents may be given, or several.
+
+    ``start`` yields a ``Tool`` or a ``ToolSource`` and has needs as a provider's start has.
+    """
 
     name: str
     start: Start

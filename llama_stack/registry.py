@@ -35,6 +35,7 @@ from .plugins import (
 )
 from .signatures import annotation_of, contract_problems
 from .storage import Blobs, Database
+from .tools import Tools
 
 S = TypeVar("S", bound=Spec, covariant=True)
 
@@ -59,6 +60,7 @@ class NeedKind(StrEnum):
     API = "api"
     DATABASE = "database"
     BLOBS = "blobs"
+    TOOLS = "tools"
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,6 +290,11 @@ def needed_apis(start: Start) -> list[type[Api]]:
     return [need.api for need in needs(start) if need.api is not None]
 
 
+def needs_tools(start: Start) -> bool:
+    """Whether a start function asks for the distribution's tools."""
+    return any(need.kind is NeedKind.TOOLS for need in needs(start))
+
+
 def declaration_problems(spec: ProviderSpec | ToolSpec | FaceSpec) -> list[str]:
     """What is wrong with a declaration before anything is started: its needs, its config, and the type it yields."""
     try:
@@ -334,7 +341,7 @@ def _need(function: Callable[..., Any], parameter: inspect.Parameter) -> Need:
     except NameError as error:
         raise _Unmet(f"has a type that cannot be read at run time ({error})") from error
     if annotation is inspect.Parameter.empty:
-        raise _Unmet("has no type, and the stack passes a config, contracts, Database and Blobs by it")
+        raise _Unmet("has no type, and the stack passes a config, contracts, Database, Blobs and Tools by it")
     wanted = _without_none(annotation)
     is_optional = wanted is not annotation
     if isinstance(wanted, type):
@@ -350,8 +357,10 @@ def _need(function: Callable[..., Any], parameter: inspect.Parameter) -> Need:
             return Need(parameter.name, NeedKind.DATABASE)
         if wanted is Blobs:
             return Need(parameter.name, NeedKind.BLOBS)
+        if wanted is Tools:
+            return Need(parameter.name, NeedKind.TOOLS)
     shown = getattr(wanted, "__name__", str(wanted))
-    raise _Unmet(f"asks for {shown}, and the stack passes a config, contracts, Database and Blobs")
+    raise _Unmet(f"asks for {shown}, and the stack passes a config, contracts, Database, Blobs and Tools")
 
 
 def _without_none(annotation: Any) -> Any:

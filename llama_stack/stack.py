@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -34,14 +34,18 @@ from .errors import (
     StoreUnavailableError,
     UnavailableError,
 )
-from .plugins import FaceSpec, ProviderSpec
-from .registry import Need, NeedKind, Registry, check_provider, needed_apis, needs
+from .plugins import FaceSpec, ProviderSpec, ToolSpec
+from .registry import Need, NeedKind, Registry, check_provider, needed_apis, needs, needs_tools
 from .routing import ModelCatalog, route
+from .tools import Tools, ToolSource
 
 if TYPE_CHECKING:
     from .storage import Store
 
 A = TypeVar("A", bound=Api)
+T = TypeVar("T")
+
+_SILENT: str | None = "it fails to say whether it is ready; see the server's log"
 logger = logging.getLogger("llama_stack.stack")
 
 FIRST_RETRY_SECONDS = 1.0
@@ -74,14 +78,15 @@ class ProviderStatus:
     state: State
     reason: str | None
     start_seconds: float | None
-    notice: str | None
+    details: Mapping[str, str] | None
+    """What the provider itself adds, while it is up."""
 
 
 @dataclass(eq=False)
 class Instance:
-    """One provider or face of the distribution: what it is to be started with, and where it stands."""
+    """One provider, tool or face of the distribution: what it is to be started with, and where it stands."""
 
-    spec: ProviderSpec | FaceSpec
+    spec: ProviderSpec | ToolSpec | FaceSpec
     plugin: str
     id: str
     config: Any
@@ -100,13 +105,13 @@ class Instance:
 
     @property
     def api(self) -> type[Api] | None:
-        """The API that it provides, or ``None`` for a face."""
+        """The API that it provides, or ``None`` for a tool or a face."""
         return self.spec.api if isinstance(self.spec, ProviderSpec) else None
 
     @property
     def section(self) -> str:
-        """Where the YAML lists it: the name of its API, or ``faces``."""
-        return self.api.name if self.api else "faces"
+        """Where the YAML lists it: the name of its API, ``tools``, or ``faces``."""
+        return self.api.name if self.api else "tools" if isinstance(self.spec, ToolSpec) else "faces"
 
     @property
     def label(self) -> str:
@@ -126,17 +131,15 @@ class Instance:
         raise UnavailableError(f"{self} is {self.state.value}")
 
     def __str__(self) -> str:
-        return f"provider {self.id!r} of {self.section!r}" if self.api else f"face {self.id!r}"
+        return f"provider {self.id!r} of {self.section!r}" if self.api else f"{self.section[:-1]} {self.id!r}"
 
     @property
     def status(self) -> ProviderStatus:
-        state, reason, notice = self.state, self.reason, None
+        state, reason, details = self.state, self.reason, None
         if state is State.READY and isinstance(self.started, Api):
-            reason = _said(
-                self, self.started.unready_reason, "it fails to say whether it is ready; see the server's log"
-            )
+            reason = _said(self, self.started.unready_reason, _SILENT)
             state = State.READY if reason is None else State.RECOVERING
-            notice = _said(self, self.started.notice, "it fails to say what to know of it; see the server's log")
+            details = _said(self, self.started.readiness_details, None) or None
         return ProviderStatus(
             self.section,
             self.spec.name,
@@ -146,7 +149,7 @@ class Instance:
             state,
             reason,
             self.start_seconds,
-            notice,
+            details,
         )
 
 
@@ -179,6 +182,13 @@ class Stack:
                 )
                 by_api.setdefault(api, []).append(instance)
         self._providers = [instance for instances in by_api.values() for instance in instances]
+        self._tools: list[Instance] = []
+        for tool in distribution.tools:
+            declared = registry.tool(tool.tool)
+            config = declared.spec.config.read(tool.config)
+            label = declared.plugin.label
+            id = tool.id or tool.tool
+            self._tools.append(Instance(declared.spec, label, id, config, is_optional=tool.optional))
         self._faces: list[Instance] = []
         for face in distribution.faces:
             installed = registry.face(face.face)
@@ -227,8 +237,8 @@ class Stack:
         )
 
     def status(self) -> list[ProviderStatus]:
-        """Every provider and where it stands, in the order of the YAML."""
-        return [instance.status for instance in self._providers]
+        """Every provider and tool and where it stands, in the order of the YAML."""
+        return [instance.status for instance in [*self._providers, *self._tools]]
 
     async def failed(self) -> None:
         """Wait until the store has failed for good: from then on only a restart can tell what the disk holds."""
@@ -239,7 +249,7 @@ class Stack:
 
         After an error, and at the end, call ``stop``.
         """
-        for instance in [*start_order(self._providers), *self._faces]:
+        for instance in [*start_order([*self._tools, *self._providers]), *self._faces]:
             task = asyncio.create_task(self._run(instance), name=instance.label)
             self._tasks.append((instance, task))
             await _first_try(instance)
@@ -309,6 +319,8 @@ class Stack:
         if need.kind is NeedKind.API:
             assert need.api is not None
             return self._routed.get(need.api) if need.is_optional else self.api(need.api)
+        if need.kind is NeedKind.TOOLS:
+            return Tools(self._tools)
         store = await self._opened_store()
         owner = instance.label.replace("/", ".")
         return store.database(owner) if need.kind is NeedKind.DATABASE else store.blobs(owner)
@@ -345,13 +357,19 @@ def home() -> Path:
 
 def start_order(instances: Sequence[Instance]) -> list[Instance]:
     """The instances, each after those that it needs. Raises ``ProviderStartError`` naming a cycle."""
-    graph = {i: [other for other in instances if other.api in needed_apis(i.spec.start)] for i in instances}
+    graph = {i: [other for other in instances if _comes_before(other, i)] for i in instances}
     try:
         return list(TopologicalSorter(graph).static_order())
     except CycleError as error:
         circle = " -> ".join(instance.label for instance in reversed(error.args[1]))
         what = f"providers need one another in a circle: {circle}; break it at one of them"
         raise ProviderStartError(what) from error
+
+
+def _comes_before(other: Instance, instance: Instance) -> bool:
+    if other.api is None:
+        return needs_tools(instance.spec.start)
+    return other.api in needed_apis(instance.spec.start)
 
 
 async def _first_try(instance: Instance) -> None:
@@ -376,10 +394,14 @@ def _mismatch(instance: Instance, started: object) -> ContractMismatchError | No
             check_provider(instance.spec, started, is_alone=instance.is_alone)
         except ContractMismatchError as error:
             return error
+    if isinstance(instance.spec, ToolSpec) and not isinstance(started, ToolSource):
+        return ContractMismatchError(
+            instance.spec.name, [f"it yields {type(started).__name__}, not a subclass of Tool or ToolSource"]
+        )
     return None
 
 
-def _said(instance: Instance, ask: Callable[[], str | None], otherwise: str) -> str | None:
+def _said(instance: Instance, ask: Callable[[], T], otherwise: T) -> T:
     try:
         return ask()
     except Exception:  # a provider's fault must not hide how the others are

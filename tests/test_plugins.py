@@ -295,7 +295,7 @@ async def test_the_plugin_on_the_page_works_as_it_is_printed(site: Path) -> None
     (package / "plugin.py").write_text(BLOCKS[0])
     (package / "shield.py").write_text(BLOCKS[1])
     install(site, "llama-stack-keyword", {}, {"keyword": "llama_stack_keyword.plugin"})
-    [text] = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    text = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)[0]
     (site / "guarded.yaml").write_text(text)
     registry = Registry(installed(site))
     distribution = load_distribution(site / "guarded.yaml", environ={}, registry=registry)

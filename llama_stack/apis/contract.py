@@ -181,13 +181,6 @@ class Api(ABC):
         """
         return None
 
-    def notice(self) -> str | None:
-        """What an operator should know of this provider although it serves: a part that stands in, say.
-
-        Shown wherever the provider's state is; called as ``unready_reason`` is.
-        """
-        return None
-
     def prometheus_metrics(self) -> Iterable[Metric]:
         """What ``GET /metrics`` shall show of this provider, besides whether it is up.
 
@@ -196,6 +189,15 @@ class Api(ABC):
         tell apart the providers of a distribution.
         """
         return ()
+
+    def readiness_details(self) -> Mapping[str, str]:
+        """What readiness and ``/providers/list`` shall say of this provider while it is up, besides that it is.
+
+        Called in the event loop, so it returns what is known already: which of two ways of working is active, how its
+        self-test came out. What stands under ``notice``, such as that a part stands in for another, ``llama-stack run``
+        prints too. Nothing that is secret.
+        """
+        return {}
 
 
 @dataclass(frozen=True)

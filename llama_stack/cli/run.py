@@ -58,7 +58,8 @@ async def _announce(stack: Stack, address: str) -> None:
         took = "" if provider.start_seconds is None else f" after {provider.start_seconds:.1f} s"
         why = "" if provider.reason is None else f": {provider.reason}"
         lines.append(f"  {provider.api}: {name} is {provider.state}{took}{why}")
-        lines += [] if provider.notice is None else [f"    {provider.notice}"]
+        notice = (provider.details or {}).get("notice")
+        lines += [] if notice is None else [f"    {notice}"]
     lines += [f"  face: {name} is ready" for name in stack.faces]
     click.echo("\n".join(lines))
     try:

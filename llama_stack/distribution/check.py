@@ -7,7 +7,7 @@ fetched.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 
@@ -15,7 +15,7 @@ from ..apis.config import Config
 from ..apis.contract import Api
 from ..apis.models import Models
 from ..errors import DistributionError, DuplicateProviderError, NotInstalledError, listed
-from ..plugins import FaceSpec, ProviderSpec
+from ..plugins import FaceSpec, ProviderSpec, ToolSpec
 from ..registry import Installed, Registry, declaration_problems, needed_apis, needs
 from . import nodes
 from .faults import Fault, Mark, Path, in_order, key_path
@@ -88,6 +88,10 @@ def _admits(source: Source, registry: Registry) -> bool:
     return found is not None
 
 
+_Started = ProviderSpec | ToolSpec | FaceSpec
+_Find = Callable[[str], Installed[ToolSpec] | Installed[FaceSpec]]
+
+
 class _Check:
     """Compares the names in a tree with a registry, and adds what does not fit to ``faults``."""
 
@@ -99,7 +103,8 @@ class _Check:
 
     def names(self, root: nodes.Mapping) -> None:
         self.providers(root)
-        self.faces(root)
+        self.named(root, "tools", "tool", self.registry.tool)
+        self.named(root, "faces", "face", self.registry.face)
         self.middleware(root)
 
     def providers(self, root: nodes.Mapping) -> None:
@@ -125,25 +130,28 @@ class _Check:
             self._needs(entry.spec, f"provider {entry.spec.name!r}", entry.mark, entry.path)
         self._cycles(entries)
 
-    def faces(self, root: nodes.Mapping) -> None:
+    def named(self, root: nodes.Mapping, section: str, key: str, find: _Find) -> None:
+        """A section whose entries are known by their names alone: tools, and faces."""
         first: dict[str, Mark] = {}
-        for index, item in enumerate(_items(root.entries.get("faces"))):
-            name = _text_of(item, "face")
+        for index, item in enumerate(_items(root.entries.get(section))):
+            name = _text_of(item, key)
             if name is None or not isinstance(item, nodes.Mapping):
                 continue
-            path: Path = ("faces", index)
+            path: Path = (section, index)
             try:
-                installed = self.registry.face(str(name.value))
+                installed = find(str(name.value))
             except (NotInstalledError, DuplicateProviderError) as error:
-                self._refuse(name, (*path, "face"), error)
+                self._refuse(name, (*path, key), error)
                 continue
             spec = installed.spec
             self._config(spec.config, item, path)
-            if first.setdefault(spec.name, name.mark) is not name.mark:
-                what = f"the face {spec.name!r} is on line {first[spec.name].line} already"
-                self._fault(name.mark, (*path, "face"), what, "keep one of the two")
-            if self._is_sound(installed, f"face {spec.name!r}", name.mark, (*path, "face")):
-                self._needs(spec, f"face {spec.name!r}", name.mark, path)
+            given = _text_of(item, "id")
+            id = str(given.value) if given is not None else spec.name
+            if first.setdefault(id, name.mark) is not name.mark:
+                what = f"the {key} {id!r} is on line {first[id].line} already"
+                self._fault(name.mark, (*path, key), what, "keep one of the two")
+            if self._is_sound(installed, f"{key} {spec.name!r}", name.mark, (*path, key)):
+                self._needs(spec, f"{key} {spec.name!r}", name.mark, path)
 
     def middleware(self, root: nodes.Mapping) -> None:
         for index, item in enumerate(_items(root.entries.get("middleware"))):
@@ -174,9 +182,7 @@ class _Check:
         shown_id = f"${{env.{given.variables[0]}}}" if given.variables else str(given.value)
         return _Entry(api, str(given.value), spec, given.mark, path, shown_id)
 
-    def _is_sound(
-        self, installed: Installed[ProviderSpec] | Installed[FaceSpec], who: str, mark: Mark, path: Path
-    ) -> bool:
+    def _is_sound(self, installed: Installed[_Started], who: str, mark: Mark, path: Path) -> bool:
         problems = declaration_problems(installed.spec)
         for problem in problems:
             what = f"{who} of {installed.plugin.label} is not made as it should be: {problem}"
@@ -198,7 +204,7 @@ class _Check:
                 what = f"the id {entry.shown_id!r} is taken by {key_path(other.path)} on line {other.mark.line}"
                 self._fault(entry.mark, (*entry.path, "id"), what, "give this provider another 'id:'")
 
-    def _needs(self, spec: ProviderSpec | FaceSpec, who: str, mark: Mark, path: Path) -> None:
+    def _needs(self, spec: _Started, who: str, mark: Mark, path: Path) -> None:
         if self.serves_unknown:
             return
         for need in needs(spec.start):

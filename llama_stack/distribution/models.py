@@ -1,6 +1,6 @@
 """The keys of a distribution's YAML, as models: what each means, what it may hold and what it is when left out.
 
-The configuration of a provider, face or middleware is validated by the model that its plugin brings, not here.
+The configuration of a provider, tool, face or middleware is validated by the model that its plugin brings, not here.
 """
 
 from __future__ import annotations
@@ -37,6 +37,19 @@ class ProviderEntry(Config):
     """Whether the stack starts without it: its API then answers 503 with the reason, and the start is tried again."""
     config: dict[str, JsonValue] = Field(default_factory=dict)
     """The provider's own settings."""
+
+
+class ToolEntry(Config):
+    """One tool that agents may be given."""
+
+    tool: Name
+    """The name under which an installed plugin declares the tool."""
+    id: Name | None = None
+    """What it is called in this distribution, where one tool is listed several times; its own name when left out."""
+    optional: bool = False
+    """Whether the stack starts without it: a call then tells the model the reason, and the start is tried again."""
+    config: dict[str, JsonValue] = Field(default_factory=dict)
+    """The tool's own settings."""
 
 
 class FaceEntry(Config):
@@ -151,6 +164,8 @@ class Distribution(Config):
     """A shipped distribution by name, or a file relative to this one, on whose keys these are laid."""
     providers: dict[Name, tuple[ProviderEntry, ...]] = Field(default_factory=dict)
     """The providers of each API."""
+    tools: tuple[ToolEntry, ...] = ()
+    """Tools that agents may be given."""
     faces: tuple[FaceEntry, ...] = ()
     """Faces over the APIs."""
     middleware: tuple[MiddlewareEntry, ...] = ()

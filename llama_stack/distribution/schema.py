@@ -9,8 +9,8 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from ..apis.config import Config
-from ..registry import Registry
-from .models import Distribution, FaceEntry, MiddlewareEntry, ProviderEntry
+from ..registry import Installed, Registry
+from .models import Distribution, FaceEntry, MiddlewareEntry, ProviderEntry, ToolEntry
 
 _VARIABLE = {"type": "string", "pattern": r"\$\{env\.[A-Za-z_][A-Za-z0-9_]*(:[^}]*)?\}"}
 
@@ -26,10 +26,11 @@ def json_schema(registry: Registry) -> dict[str, Any]:
     Keys that ``extends:`` may bring from another file are not required.
     """
     providers = registry.providers()
-    faces, middlewares = registry.faces(), registry.middlewares()
-    configs = [found.spec.config for found in providers]
-    configs += [found.spec.config for found in faces] + [found.spec.config for found in middlewares]
-    models: list[type[BaseModel]] = [Distribution, ProviderEntry, FaceEntry, MiddlewareEntry, *dict.fromkeys(configs)]
+    tools, faces, middlewares = registry.tools(), registry.faces(), registry.middlewares()
+    installed: list[Installed[Any]] = [*providers, *tools, *faces, *middlewares]
+    configs = [found.spec.config for found in installed]
+    entry_models = (ProviderEntry, ToolEntry, FaceEntry, MiddlewareEntry)
+    models: list[type[BaseModel]] = [Distribution, *entry_models, *dict.fromkeys(configs)]
     references, schema = models_json_schema([(model, "validation") for model in models], title="Distribution")
     definitions: dict[str, Any] = schema["$defs"]
     name_of = {model: references[model, "validation"]["$ref"].rpartition("/")[2] for model in models}
@@ -49,11 +50,12 @@ def json_schema(registry: Registry) -> dict[str, Any]:
         "properties": {api: entries(ProviderEntry, "provider", found) for api, found in by_api.items() if found},
         "additionalProperties": False,
     }
-    for section, entry, key, installed in (
+    for section, entry, key, declared in (
+        ("tools", ToolEntry, "tool", tools),
         ("faces", FaceEntry, "face", faces),
         ("middleware", MiddlewareEntry, "middleware", middlewares),
     ):
-        named = [(found.spec.name, found.spec.description, found.spec.config) for found in installed]
+        named = [(found.spec.name, found.spec.description, found.spec.config) for found in declared]
         if named:
             properties[section] = {"description": properties[section]["description"]} | entries(entry, key, named)
     for replaced in (Distribution, ProviderEntry):

@@ -77,7 +77,18 @@ def test_the_core_imports_no_provider_and_no_model_library() -> None:
 
 def test_providers_import_the_core_only_where_it_is_open_to_them() -> None:
     """A stranger's plugin has the contracts, the errors, the hooks, the store and the kit; ours have no more."""
-    open_to_plugins = ("apis", "plugins", "errors", "storage", "testing", "client")
+    open_to_plugins = (
+        "apis",
+        "plugins",
+        "errors",
+        "storage",
+        "testing",
+        "client",
+        "shields",
+        "fetch",
+        "tools",
+        "turns",
+    )
     for file in PROVIDERS.rglob("*.py"):
         for name, _level in imports(file):
             top, _, rest = name.partition(".")

@@ -93,6 +93,45 @@ async def test_starting_server_lives_and_is_not_ready() -> None:
         await stack.stop()
 
 
+async def test_readiness_holds_what_a_provider_says_of_itself(caplog: pytest.LogCaptureFixture) -> None:
+    """Which of two ways of working is active is the operator's business; a provider's slip is nobody else's."""
+
+    class Telling(StubInference):
+        async def owns(self, resource: str) -> bool:
+            return False
+
+        def readiness_details(self) -> dict[str, str]:
+            return {"detector": "built-in"}
+
+    class Slipping(Telling):
+        def readiness_details(self) -> dict[str, str]:
+            raise RuntimeError("no details")
+
+    class Plugin:
+        @hookimpl
+        def llama_stack_providers(self) -> list[ProviderSpec]:
+            @asynccontextmanager
+            async def start_telling() -> AsyncIterator[Inference]:
+                yield Telling()
+
+            @asynccontextmanager
+            async def start_slipping() -> AsyncIterator[Inference]:
+                yield Slipping()
+
+            return [
+                ProviderSpec(api=Inference, name="telling", start=start_telling),
+                ProviderSpec(api=Inference, name="slipping", start=start_slipping),
+            ]
+
+    entries = [{"provider": "telling"}, {"provider": "slipping"}]
+    found = Distribution.model_validate({"version": 1, "name": "t", "providers": {"inference": entries}})
+    async with running(Stack(found, Registry(discover([Plugin()])[:1]))) as stack, client_of(stack) as client:
+        response = await client.get("/health/ready")
+    assert response.status_code == 200
+    assert [provider.get("details") for provider in response.json()["providers"]] == [{"detector": "built-in"}, None]
+    assert "no details" in caplog.text
+
+
 async def test_failed_required_provider_is_not_ready_and_says_why() -> None:
     """The reason is the provider's own words where it is one of our errors."""
     moody = Moody(UpstreamError("the engine at port 9 does not answer"))
@@ -179,22 +218,6 @@ async def test_a_provider_that_is_up_and_cannot_serve_is_not_ready(
         response = await client.get("/health/ready")
         assert response.status_code == 200
         assert "reason" not in response.json()["providers"][0]
-
-
-async def test_what_one_should_know_of_a_provider_is_told_beside_its_state() -> None:
-    """It serves, so it is ready; that something stands in for what is missing must not go unseen all the same."""
-
-    class Modest(StubInference):
-        def notice(self) -> str | None:
-            return "the answers are scripted"
-
-    moody = Moody(provider=Modest())
-    moody.may_start.set()
-    async with running(moody.stack()) as stack, client_of(stack) as client:
-        response = await client.get("/health/ready")
-        assert response.status_code == 200
-        status = response.json()["providers"][0]
-        assert (status["state"], status["notice"]) == ("ready", "the answers are scripted")
 
 
 async def test_providers_are_listed_as_lines_or_as_an_array(served: Serving) -> None:

@@ -146,8 +146,9 @@ class DatabaseBanks(MemoryBanks):
         self._config = config
         self._notice = notice
 
-    def notice(self) -> str | None:
-        return self._notice
+    def readiness_details(self) -> Mapping[str, str]:
+        """That a stand-in embeds, if it does."""
+        return {"notice": self._notice} if self._notice else {}
 
     async def owns(self, resource: str) -> bool:
         """Whether a bank of this id is here."""

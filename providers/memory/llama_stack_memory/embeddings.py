@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import NoReturn
 
 from llama_stack.apis import Inference, ServedModel
@@ -39,8 +39,9 @@ class SentenceEmbeddings(Inference):
         self._notice = chosen.notice
         self._embedder = BatchedEmbedder(chosen.embedder)
 
-    def notice(self) -> str | None:
-        return self._notice
+    def readiness_details(self) -> Mapping[str, str]:
+        """That a stand-in embeds, if it does."""
+        return {"notice": self._notice} if self._notice else {}
 
     async def models(self) -> list[ServedModel]:
         embedder = self._embedder.model

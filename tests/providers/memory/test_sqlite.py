@@ -236,7 +236,7 @@ async def test_all_seven_operations_are_the_drafts(tmp_path: Path) -> None:
     ]
     async with running(stack), listening(stack) as server, httpx2.AsyncClient(trust_env=False) as client:
         client.base_url = httpx2.URL(server.url)
-        notice = (await client.get("/health/ready")).json()["providers"][0]["notice"]
+        notice = (await client.get("/health/ready")).json()["providers"][0]["details"]["notice"]
         assert "feature hashing" in notice
         for method, path, query, body, expected in calls:
             if body is not None:

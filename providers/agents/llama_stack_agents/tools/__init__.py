@@ -1,0 +1,3 @@
+"""The tools that come with agents."""
+
+__all__: list[str] = []
