@@ -20,6 +20,8 @@ logger = logging.getLogger("llama_stack.server.metrics")
 
 MEDIA_TYPE = CONTENT_TYPE_LATEST.encode()
 _SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+_MOST_CODES = 200
+"""Several times those that there are; a server behind the ``remote`` provider may send ever new ones."""
 
 
 class Metrics:
@@ -45,15 +47,18 @@ class Metrics:
         self._received = Counter("llama_stack_received_bytes", "Bytes of requests' bodies.", registry=self._registry)
         running = Gauge("llama_stack_requests_running", "Requests being served.", registry=self._registry)
         running.set_function(running_now)
+        self._codes: set[str] = set()
         self._children: dict[tuple[str, str, int, str], tuple[Counter, Histogram]] = {}
 
     def count(self, exchange: Exchange, seconds: float) -> None:
         """Count an exchange that is over."""
         method = exchange.known_method
-        key = (method, exchange.template, exchange.status, exchange.code)
+        code = exchange.code if exchange.code in self._codes or len(self._codes) < _MOST_CODES else "other"
+        key = (method, exchange.template, exchange.status, code)
         children = self._children.get(key)
         if children is None:
-            labels = (method, exchange.template, str(exchange.status), exchange.code)
+            self._codes.add(code)
+            labels = (method, exchange.template, str(exchange.status), code)
             children = self._requests.labels(*labels), self._seconds.labels(exchange.template)
             self._children[key] = children
         children[0].inc()

@@ -16,6 +16,7 @@ import pytest
 from prometheus_client.core import CounterMetricFamily, Metric
 
 from llama_stack.apis import Inference, NoConfig
+from llama_stack.apis.inference import ChatCompletionRequest, ChatCompletionResponse
 from llama_stack.distribution import Distribution
 from llama_stack.errors import (
     CheckpointError,
@@ -255,6 +256,25 @@ async def test_metrics_label_routes_by_template_and_never_by_path(served: Servin
     assert 'code="route_not_found",method="GET",route="unmatched",status="404"' in text
     assert 'code="method_not_allowed",method="other",route="/version",status="405"' in text
     assert 'llama_stack_provider_up{api="inference",id="stub",provider="stub"} 1.0' in text
+
+
+async def test_codes_that_a_far_server_makes_up_do_not_fill_the_metrics(
+    served: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its errors pass through with their codes; each new label would stay in memory, and in Prometheus, for good."""
+    calls = 0
+
+    async def made_up(request: ChatCompletionRequest) -> ChatCompletionResponse:
+        nonlocal calls
+        calls += 1
+        raise StackError.revive(f"made_up_{calls}", "no", status=418)  # as the client of the far server does
+
+    monkeypatch.setattr(served.stub, "chat_completion", made_up)
+    for _ in range(250):
+        assert (await served.client.post(CHAT_PATH, json=CHAT)).status_code == 418
+    text = (await served.client.get("/metrics")).text
+    assert 150 < text.count('requests_total{code="made_up_') <= 200
+    assert 'code="other",method="POST"' in text
 
 
 async def test_metrics_hold_what_the_providers_say_of_themselves(caplog: pytest.LogCaptureFixture) -> None:
