@@ -94,23 +94,24 @@ class StaticSteps:
         # What is gathered must not be as wide as the longest context that could be; a kernel that reads in place stops
         # where a sequence ends.
         width = self._width if self._is_flash else min(self._width, 1 << (longest - 1).bit_length())
-        logits_NV = self._logits(size, width)
-        if len(batch.sampled) == rows:
-            return logits_NV[:rows]
-        return logits_NV[torch.tensor(batch.sampled, dtype=torch.int64).to(logits_NV.device)]
+        hidden_ND = self._hidden(size, width)[:rows]
+        if len(batch.sampled) != rows:
+            hidden_ND = hidden_ND[torch.tensor(batch.sampled, dtype=torch.int64).to(hidden_ND.device)]
+        # Not captured: two kernels, for the rows that need them and not for those that pad, and the largest memory.
+        return self._model.logits(hidden_ND)
 
-    def _logits(self, size: int, width: int) -> Tensor:
+    def _hidden(self, size: int, width: int) -> Tensor:
         if self._graphs is None:
             return self._compute(size, width)
         with torch.cuda.device(self._rows.device):
             if (size, width) not in self._graphs:
                 self._graphs[size, width] = self._captured(size, width)
-            graph, logits_NV = self._graphs[size, width]
+            graph, hidden_ND = self._graphs[size, width]
             graph.replay()
-        return logits_NV
+        return hidden_ND
 
     def _compute(self, size: int, width: int) -> Tensor:
-        """The step itself. All that depends on the numbers in the rows happens on the device."""
+        """The hidden states of a step. All that depends on the numbers in the rows happens on the device."""
         rows = self._rows[:size]
         tokens_N, positions_N, tables_NP = rows[:, 0].long(), rows[:, 1].long(), rows[:, 2 : 2 + width]
         block_N = tables_NP.gather(1, (positions_N // self._block_tokens)[:, None])[:, 0]
@@ -131,7 +132,7 @@ class StaticSteps:
             view = RowsView(
                 self._keys_LPTGK, self._values_LPTGK, positions_N=positions_N, slots_N=slots_N, tables_NP=tables_NP
             )
-        return self._model.logits(self._model.hidden(tokens_N, view, self._run_block))
+        return self._model.hidden(tokens_N, view, self._run_block)
 
     def _run_block(self, block: Block, x_ND: Tensor, cosine_N1K: Tensor, sine_N1K: Tensor, cache: CacheView) -> Tensor:
         q_NHK, k_NGK, v_NGK = self._before(block, x_ND, cosine_N1K, sine_N1K)
@@ -142,7 +143,7 @@ class StaticSteps:
         began = monotonic()
         self._rows[:, 2] = self._padding_block
         for size in reversed(self._sizes):  # the largest first: the others find room in its memory
-            self._logits(size, self._width)
+            self._model.logits(self._hidden(size, self._width))  # which sets up what it needs, too
         torch.cuda.synchronize(self._rows.device)
         seconds = monotonic() - began
         logger.info("steps of up to %d tokens: %d CUDA graphs in %.1f s", self._sizes[-1], len(self._sizes), seconds)
@@ -155,8 +156,8 @@ class StaticSteps:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            logits_NV = self._compute(size, width)
-        return graph, logits_NV
+            hidden_ND = self._compute(size, width)
+        return graph, hidden_ND
 
 
 def _options(compiler: str) -> dict[str, str | int | bool | Callable[..., Any]] | None:

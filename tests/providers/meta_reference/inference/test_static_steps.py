@@ -158,7 +158,7 @@ def test_logits_come_for_the_places_that_are_asked_for(small_model: Llama) -> No
     whole = runner.run(batch).clone()
     for sampled in ([], [1], [0, 2]):
         batch.sampled = sampled
-        assert torch.equal(runner.run(batch), whole[sampled])
+        torch.testing.assert_close(runner.run(batch), whole[sampled], atol=1e-5, rtol=0)
 
 
 def test_which_steps_are_small(small_model: Llama) -> None:
@@ -219,4 +219,4 @@ def test_a_padded_step_is_one_graph_to_torchs_compiler(small_model: Llama) -> No
     expected = runner.run(batch).clone()
     compute = torch.compile(static._compute, fullgraph=True, dynamic=False, backend="eager")
     with torch.inference_mode():
-        torch.testing.assert_close(compute(4, 2)[:3], expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(small_model.logits(compute(4, 2)[:3]), expected, atol=1e-4, rtol=0)
