@@ -49,7 +49,7 @@ bench-server: $(VENV)/.test ## the server's overhead against the smallest FastAP
 bench-footprint: $(VENV)/.test ## what the core costs: install size, --help, a server with a stub
 	@$(VENV)/bin/python benchmarks/footprint.py
 
-bench-engine: $(VENV)/.test ## tokens a second of the engine, beside transformers and the machine's limits
+bench-engine: $(VENV)/.test ## tokens a second of the engine, beside transformers and the machine's limits; what each type costs
 	@$(VENV)/bin/python benchmarks/engine.py $(ARGS)
 
 bench-serving: $(VENV)/.test ## tokens a second through HTTP, beside the engine's own

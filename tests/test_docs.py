@@ -12,6 +12,7 @@ import doctest
 import importlib.util
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -204,3 +205,11 @@ def test_there_are_examples_to_run() -> None:
     assert len(RUNNABLE) >= 9
     assert len(CURLS) >= 20
     assert len(PYTHON) >= 12
+
+
+def test_the_picture_of_the_engines_speed_is_that_of_its_tables() -> None:
+    """A figure that is changed in one place only would lie in the other."""
+    plot = runpy.run_path(str(ROOT / "benchmarks" / "plot.py"))
+    speeds = plot["decode_speeds"](plot["PAGE"].read_text(encoding="utf-8"))
+    assert {streams: len(sides) for streams, sides in speeds.items()} == {1: 8, 8: 8, 32: 4}
+    assert plot["PICTURE"].read_text(encoding="utf-8") == plot["picture"](speeds)
