@@ -221,7 +221,7 @@ class RowsView:
         slots_NS = (tables_NP[..., None] * size + position_S[:size]).flatten(1)
         is_seen_NS = position_S <= positions_N[:, None]
         # As in PagedView: behind a sequence's end stands a slot that is always zero.
-        self._read_NS = torch.where(is_seen_NS, slots_NS, self._keys_LCGK.shape[1] - 1)
+        self._read_NS = slots_NS.masked_fill(~is_seen_NS, self._keys_LCGK.shape[1] - 1)
         self._mask_N11S = is_seen_NS[:, None, None]
 
     def attend(self, layer: int, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
