@@ -29,6 +29,7 @@ from .measuring import fastest_type
 from .memory_plan import MemoryPlan, available_memory, memory_plan
 from .native_runner import NativeRunner, NativeStorage, supports
 from .paged_views import FLASH_BLOCK_TOKENS, has_flash
+from .processors import usable_cores
 from .runner import Runner, Storage, TorchRunner, TorchStorage
 
 logger = logging.getLogger("llama_stack.meta_reference.loading")
@@ -86,10 +87,11 @@ class OpenModel:
         cannot be kept as was asked for.
         """
         began = monotonic()
+        if self.device.type == "cpu":
+            ranks = self.rank.count if self.rank else 1
+            torch.set_num_threads(max(1, min(torch.get_num_threads(), usable_cores()) // ranks))
         if self.rank is not None:
             self.rank.join(self.device)
-            if self.device.type == "cpu":
-                torch.set_num_threads(max(1, torch.get_num_threads() // self.rank.count))
         runner = _runner(self, self.checkpoint, self.storage, self.rank)
         draft = None
         if self.draft is not None:
