@@ -126,7 +126,7 @@ async def test_the_shipped_model_answers_by_the_drafts_names(tmp_path: Path) -> 
     schemas = DraftSchemas()
     shipped = Path(__file__).parents[3] / "distributions" / "tiny.yaml"
     whole_file = yaml.safe_load(shipped.read_text(encoding="utf-8"))
-    providers = {"inference": whole_file["providers"]["inference"]}
+    providers = {"inference": [p for p in whole_file["providers"]["inference"] if p["provider"] == "meta-reference"]}
     distribution = Distribution.model_validate({"version": 1, "name": "tiny", "providers": providers})
     sampling = {"temperature": 0.0, "strategy": "greedy", "top_p": 0.95, "top_k": 0}
     message = {"role": "user", "content": "Hello!", "tool_calls": [], "tool_responses": []}
