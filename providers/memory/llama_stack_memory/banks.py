@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -47,15 +46,13 @@ from .documents import Preparation, Prepared, refuse_repeats
 from .extraction import Extractor
 from .fusion import fuse
 from .interfaces import ChunkSettings, Embedder, Found, Values, Vectors
+from .words import fair_share, query_words
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
 T = TypeVar("T")
 
-MAX_WORDS = 64
-"""Different words of a query that count."""
-_WORD = re.compile(r"\w+")
 FUSED = 50
 """How many hits each search gives to a hybrid one, where it was not asked for more."""
 MAX_FAULTS = 20
@@ -104,7 +101,7 @@ class Search(Protocol):
     """One state of one bank, to search in."""
 
     async def by_vector(self, vector_D: Vectors, k: int, condition: Condition | None) -> list[Found]: ...
-    async def by_words(self, words: Sequence[str], k: int, condition: Condition | None) -> list[Found]: ...
+    async def by_words(self, words: Sequence[str], least: int, k: int, condition: Condition | None) -> list[Found]: ...
     async def listed(self, k: int, condition: Condition | None) -> list[Found]: ...
     async def texts(self, chunks: Sequence[int]) -> dict[int, tuple[str, str, str]]: ...
 
@@ -269,7 +266,8 @@ class DatabaseBanks(MemoryBanks):
             if vector_D is not None and vector_D.any():
                 rankings.append(await search.by_vector(vector_D, wanted, condition))
             if words:
-                rankings.append(await search.by_words(words, wanted, condition))
+                least = 1 if vector_D is None else fair_share(words)
+                rankings.append(await search.by_words(words, least, wanted, condition))
             if words is None and vector_D is None:
                 rankings.append(await search.listed(wanted, condition))
             is_hybrid = words is not None and vector_D is not None
@@ -292,7 +290,7 @@ class DatabaseBanks(MemoryBanks):
         mode = request.mode
         if request.text is None and mode is QueryMode.KEYWORD:
             raise _invalid("/text", "a keyword query needs a text")
-        words = None if request.text is None or mode is QueryMode.VECTOR else _words(request.text)
+        words = None if request.text is None or mode is QueryMode.VECTOR else query_words(request.text)
         vector_D = None
         embedder = self._embedder_of(bank)
         if request.embedding is not None:
@@ -441,10 +439,6 @@ def _check_settings(settings: ChunkSettings, embedder: Embedder) -> None:
         raise _invalid("?chunk_tokens", f"{embedder.name} reads {embedder.max_tokens} tokens; ask for no more")
     if settings.overlap > settings.tokens // 2:
         raise _invalid("?chunk_overlap", f"more than half of a chunk of {settings.tokens} tokens; make it smaller")
-
-
-def _words(text: str) -> list[str]:
-    return list(dict.fromkeys(_WORD.findall(text)))[:MAX_WORDS]
 
 
 def _unit_vector(embedding: Sequence[float], bank: Bank) -> Vectors:

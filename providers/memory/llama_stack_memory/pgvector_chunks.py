@@ -41,7 +41,7 @@ WITH sought AS (
 SELECT t.id AS chunk,
     CAST(sum(weight * times * 2.2 / (times + 1.2 * (0.25 + 0.75 * t.size / bank.size))) AS float) AS score
 FROM times t JOIN weights USING (lexeme) CROSS JOIN bank
-WHERE true {among} GROUP BY t.id ORDER BY score DESC, t.id LIMIT :k
+WHERE true {among} GROUP BY t.id HAVING count(*) >= :least ORDER BY score DESC, t.id LIMIT :k
 """
 
 
@@ -106,9 +106,9 @@ class PgvectorSearch:
             "id",
         )
 
-    async def by_words(self, words: Sequence[str], k: int, condition: Condition | None) -> list[Found]:
-        """The chunks that fit the words best by BM25; a chunk needs one of them."""
-        return await self._found(_BM25, {"k": k, "text": " ".join(words)}, condition, "t.id")
+    async def by_words(self, words: Sequence[str], least: int, k: int, condition: Condition | None) -> list[Found]:
+        """The chunks that fit the words best by BM25; a chunk needs ``least`` of them."""
+        return await self._found(_BM25, {"k": k, "least": least, "text": " ".join(words)}, condition, "t.id")
 
     async def listed(self, k: int, condition: Condition | None) -> list[Found]:
         """The first chunks of the bank, in the order of their coming, with a score of 0."""

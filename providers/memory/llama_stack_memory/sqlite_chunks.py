@@ -159,19 +159,25 @@ class SqliteSearch:
         ids, scores = await in_thread(_search, self._vectors, vector_D, k, documents)
         return [Found(*found) for found in zip(ids.tolist(), scores.tolist(), strict=True)]
 
-    async def by_words(self, words: Sequence[str], k: int, condition: Condition | None) -> list[Found]:
-        """The chunks that fit the words best by BM25; a chunk needs one of them."""
-        quoted = " OR ".join(f'"{word}"' for word in words)
-        match = f"bank : {_bank_word(self._bank)} AND text : ({quoted})"
-        values: Values = {"bank": self._bank.id, "match": match, "k": k}
+    async def by_words(self, words: Sequence[str], least: int, k: int, condition: Condition | None) -> list[Found]:
+        """The chunks that fit the words best by BM25; a chunk needs ``least`` of them."""
+        values: Values = {"bank": self._bank.id, "match": _match(self._bank, words), "k": k}
+        enough = self._enough(words, least, values) if least > 1 else ""
         rows = await select(
             self._connection,
             self._database,
             "SELECT rowid AS chunk, -bm25({texts}, 0.0, 1.0) AS score FROM {texts} WHERE {texts} MATCH :match"
-            f" {among_sql('rowid', condition, values)} ORDER BY score DESC, rowid LIMIT :k",
+            f" {enough} {among_sql('rowid', condition, values)} ORDER BY score DESC, rowid LIMIT :k",
             values,
         )
         return [Found(row.chunk, row.score) for row in rows]
+
+    def _enough(self, words: Sequence[str], least: int, values: Values) -> str:
+        """SQL, from AND on, that holds for texts that have ``least`` of the words; FTS5 only knows one of them or all."""
+        matches = {f"word_{n}": _match(self._bank, [word]) for n, word in enumerate(words)}
+        values |= {**matches, "least": least}
+        each = (f"SELECT rowid AS chunk FROM {{texts}} WHERE {{texts}} MATCH :{name}" for name in matches)
+        return f"AND rowid IN (SELECT chunk FROM ({' UNION ALL '.join(each)}) GROUP BY chunk HAVING count(*) >= :least)"
 
     async def listed(self, k: int, condition: Condition | None) -> list[Found]:
         """The first chunks of the bank, in the order of their coming, with a score of 0."""
@@ -208,6 +214,12 @@ class SqliteSearch:
                 values,
             )
         ]
+
+
+def _match(bank: Bank, words: Sequence[str]) -> str:
+    """What FTS5 looks for: a text of the bank that has one of the words."""
+    quoted = " OR ".join(f'"{word}"' for word in words)
+    return f"bank : {_bank_word(bank)} AND text : ({quoted})"
 
 
 def _bank_word(bank: Bank) -> str:
