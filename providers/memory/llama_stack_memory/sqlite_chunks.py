@@ -173,7 +173,7 @@ class SqliteSearch:
         return [Found(row.chunk, row.score) for row in rows]
 
     def _enough(self, words: Sequence[str], least: int, values: Values) -> str:
-        """SQL, from AND on, that holds for texts that have ``least`` of the words; FTS5 only knows one of them or all."""
+        """SQL, from AND on, that holds for texts with ``least`` of the words; FTS5 only knows one of them, or all."""
         matches = {f"word_{n}": _match(self._bank, [word]) for n, word in enumerate(words)}
         values |= {**matches, "least": least}
         each = (f"SELECT rowid AS chunk FROM {{texts}} WHERE {{texts}} MATCH :{name}" for name in matches)
