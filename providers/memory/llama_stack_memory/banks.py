@@ -140,6 +140,8 @@ class DatabaseBanks(MemoryBanks):
         self._extractor = extractor
         self._embedders = {model.name: BatchedEmbedder(model) for model in embedders}
         self._default_model = embedders[0].name
+        self._known: dict[str, Bank] = {}
+        """Banks as a query last saw them; what is fixed stays so, and a search checks that it is the same bank."""
         self._config = config
         self._notice = notice
 
@@ -211,6 +213,7 @@ class DatabaseBanks(MemoryBanks):
             await self._remove(connection, list(await connection.scalars(statement, {"bank": bank.id})))
             await connection.execute(self._database.sql("DELETE FROM {banks} WHERE id = :id"), {"id": bank.id})
         self._chunks.dropped(bank)
+        self._known.pop(bank_uuid, None)
         return bank_uuid
 
     async def insert(self, bank_uuid: str, documents: list[MemoryBankDocument]) -> None:
@@ -258,7 +261,19 @@ class DatabaseBanks(MemoryBanks):
 
     async def query(self, request: QueryRequest) -> QueryResponse:
         condition = None if request.filter is None else parse_filter(request.filter)
-        bank = await self._bank(request.bank_uuid)
+        known = self._known.pop(request.bank_uuid, None)
+        bank = known or await self._bank(request.bank_uuid)
+        try:
+            response = await self._query(bank, request, condition)
+        except (NotFoundError, ConflictError):
+            if known is None:
+                raise
+            bank = await self._bank(request.bank_uuid)  # it was dropped and perhaps made again, here or elsewhere
+            response = await self._query(bank, request, condition)
+        self._known[bank.uuid] = bank
+        return response
+
+    async def _query(self, bank: Bank, request: QueryRequest, condition: Condition | None) -> QueryResponse:
         words, vector_D = await self._sought(bank, request)
         async with self._chunks.search(bank) as search:
             wanted = request.k if words is None or vector_D is None else max(request.k, FUSED)
@@ -292,7 +307,6 @@ class DatabaseBanks(MemoryBanks):
             raise _invalid("/text", "a keyword query needs a text")
         words = None if request.text is None or mode is QueryMode.VECTOR else query_words(request.text)
         vector_D = None
-        embedder = self._embedder_of(bank)
         if request.embedding is not None:
             if mode is QueryMode.KEYWORD:
                 raise _invalid(
@@ -300,7 +314,7 @@ class DatabaseBanks(MemoryBanks):
                 )
             vector_D = _unit_vector(request.embedding, bank)
         elif request.text is not None and mode is not QueryMode.KEYWORD:
-            vector_D = await embedder.embed_query(request.text)
+            vector_D = await self._embedder_of(bank).embed_query(request.text)
         return words, vector_D
 
     async def _bank(self, uuid: str) -> Bank:

@@ -31,11 +31,11 @@ class BatchedEmbedder:
 
     async def embed_query(self, text: str) -> Vectors:
         """The vector of a query; of one that is longer than the model reads, the mean of its pieces."""
-        pieces = await self.chunk(text, ChunkSettings(self.model.max_tokens, 0))
+        (pieces,) = await self.chunk([text], ChunkSettings(self.model.max_tokens, 0))
         sum_D: Vectors = (await self.embed([piece.text for piece in pieces])).sum(axis=0)
         sum_D /= np.linalg.norm(sum_D) or 1
         return sum_D
 
-    async def chunk(self, text: str, settings: ChunkSettings) -> list[Chunk]:
-        """The chunks of a text, counted in the model's tokens."""
-        return await asyncio.to_thread(lambda: chunk(text, self.model.token_spans(text), settings))
+    async def chunk(self, texts: Sequence[str], settings: ChunkSettings) -> list[list[Chunk]]:
+        """The chunks of each text, counted in the model's tokens."""
+        return await asyncio.to_thread(lambda: [chunk(text, self.model.token_spans(text), settings) for text in texts])

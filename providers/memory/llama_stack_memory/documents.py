@@ -37,7 +37,14 @@ class Preparation:
 
         Raises ``UnreadableDocumentError`` that points at the first document which cannot be read.
         """
-        return [await self._split(number, document, settings) for number, document in enumerate(documents)]
+        texts = [await self._text(number, document) for number, document in enumerate(documents)]
+        split = await self._embedder.chunk(texts, settings)
+        for document, chunks in zip(documents, split, strict=True):
+            if len(chunks) > MAX_CHUNKS:
+                raise TooLargeError(
+                    f"document {document.uuid!r} has {len(chunks)} chunks; a document may have {MAX_CHUNKS}"
+                )
+        return split
 
     async def prepare(self, documents: Sequence[MemoryBankDocument], settings: ChunkSettings) -> list[Prepared]:
         """The documents with chunks and vectors. Raises as ``split`` does."""
@@ -46,19 +53,13 @@ class Preparation:
         parts = np.split(vectors_TD, np.cumsum([len(chunks) for chunks in split])[:-1]) if split else []
         return [Prepared(d, chunks, part) for d, chunks, part in zip(documents, split, parts, strict=True)]
 
-    async def _split(self, number: int, document: MemoryBankDocument, settings: ChunkSettings) -> list[Chunk]:
+    async def _text(self, number: int, document: MemoryBankDocument) -> str:
         try:
-            text = await self._extractor.extract(document.content, document.mime_type)
+            return await self._extractor.extract(document.content, document.mime_type)
         except UnreadableDocumentError as error:
             detail = f"document {document.uuid!r}: {error.detail}"
             faults = [FieldFault(f"/{number}/content", error.code, error.detail)]
             raise UnreadableDocumentError(detail, faults=faults) from None
-        chunks = await self._embedder.chunk(text, settings)
-        if len(chunks) > MAX_CHUNKS:
-            raise TooLargeError(
-                f"document {document.uuid!r} has {len(chunks)} chunks; a document may have {MAX_CHUNKS}"
-            )
-        return chunks
 
 
 def refuse_repeats(documents: Sequence[MemoryBankDocument]) -> None:

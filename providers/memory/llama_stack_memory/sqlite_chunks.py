@@ -63,12 +63,13 @@ class SqliteChunks:
         for number, prepared in documents:
             for n, (chunk, vector_D) in enumerate(zip(prepared.chunks, prepared.vectors_CD, strict=True)):
                 id = (number << CHUNK_BITS) + n
-                vectors.append({"id": id, "bank": bank.id, "vector": vector_D.tobytes()})
-                texts.append({"id": id, "bank": _bank_word(bank), "text": chunk.text})
+                vectors.append((id, bank.id, vector_D.tobytes()))
+                texts.append((id, _bank_word(bank), chunk.text))
         if vectors:
-            sql = self._database.sql
-            await connection.execute(sql("INSERT INTO {chunks} VALUES (:id, :bank, :vector)"), vectors)
-            await connection.execute(sql("INSERT INTO {texts} (rowid, bank, text) VALUES (:id, :bank, :text)"), texts)
+            # As the driver takes them: these are the rows of which there are many.
+            expand = self._database.expand
+            await connection.exec_driver_sql(expand("INSERT INTO {chunks} VALUES (?, ?, ?)"), vectors)
+            await connection.exec_driver_sql(expand("INSERT INTO {texts} (rowid, bank, text) VALUES (?, ?, ?)"), texts)
 
     async def remove(self, connection: AsyncConnection, documents: Sequence[int]) -> None:
         """Remove the chunks of documents, given by their numbers."""
@@ -229,8 +230,9 @@ def _bank_word(bank: Bank) -> str:
 
 def _apply(vectors: ExactIndex | HnswIndex, removed: Sequence[int], added: Sequence[tuple[int, Prepared]]) -> None:
     vectors.remove(vectors.ids[np.isin(vectors.ids >> CHUNK_BITS, removed)])
-    for number, prepared in added:
-        vectors.add((number << CHUNK_BITS) + np.arange(len(prepared.chunks)), prepared.vectors_CD)
+    if added:
+        ids = [(number << CHUNK_BITS) + np.arange(len(prepared.chunks)) for number, prepared in added]
+        vectors.add(np.concatenate(ids), np.concatenate([prepared.vectors_CD for _, prepared in added]))
 
 
 def _search(

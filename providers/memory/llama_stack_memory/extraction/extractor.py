@@ -14,6 +14,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from email.message import Message
+from functools import lru_cache
 from pathlib import Path
 
 from llama_stack.errors import UnreadableDocumentError
@@ -104,6 +105,7 @@ class Extractor:
             await process.wait()
 
 
+@lru_cache(maxsize=256)
 def parse_mime_type(mime_type: str) -> tuple[str, str | None]:
     """The media type in lower case, and its ``charset``."""
     message = Message()
