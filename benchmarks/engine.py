@@ -11,9 +11,10 @@ come after every stream has its first, by their time. transformers does the same
 its dynamic cache, float32; llama.cpp through its C interface (gguf_peer.py), where its package is installed. Sides
 alternate and medians of `--runs` count.
 
-Limits are measured in the same run: reading (the sum of a large tensor, all threads) and float32 multiplication (a
-square product). `of limit` is the bytes of weights that a token must read by that reading speed, for one stream; for a
-prefill it is the float32 operations of its layers, which types with integer arithmetic may exceed. A second table says
+Limits are measured in the same run: reading (the sum of a tensor as large as the weights, all threads) and float32
+multiplication (a square product). `of limit` is the bytes of weights that a token must read by that reading speed, for
+one stream; for a prefill it is the float32 operations of its layers, which types with integer arithmetic may exceed.
+A second table says
 what each type costs in exactness (quality.py).
 """
 
@@ -183,10 +184,10 @@ _TINY = {"num_hidden_layers": 1, "intermediate_size": 8, "vocab_size": 8}
 """Sizes on which the rotary buffers do not depend."""
 
 
-def read_limit() -> float:
-    """GB/s that all threads read together."""
-    large = torch.ones(1 << 28)
-    return large.nbytes / _fastest(large.sum) / 1e9
+def read_limit(size: float) -> float:
+    """GB/s at which all threads together read ``size`` bytes again and again; small ones are in a cache in part."""
+    numbers = torch.ones(int(size / 4))
+    return numbers.nbytes / _fastest(numbers.sum) / 1e9
 
 
 def product_limit() -> float:
@@ -239,13 +240,16 @@ def main() -> None:
     model = Llama(config, device="cpu", dtype=torch.float32)
     model.initialize(torch.Generator().manual_seed(0))
     model.requires_grad_(False)
-    read, product = read_limit(), product_limit()
+    product = product_limit()
     table = config.vocab_size * config.dim
     layers = config.parameter_count - table * (1 if config.tied_embeddings else 2)
+    weights = {kind: (layers + table) * bits / 8 for kind, bits in BITS.items()}
+    read = {kind: read_limit(weights[kind]) for kind in options.types if kind in BITS}
     print(f"{options.network}: {config.parameter_count / 1e6:.0f} M weights", end=", ")
     print(f"{(layers + table) / 1e6:.0f} M of them read for a token")
     threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    print(f"{threads}: reading {read:.1f} GB/s, float32 {product:.0f} GFLOP/s")
+    speeds = ", ".join(f"{weights[kind] / 1e6:.0f} MB at {speed:.1f} GB/s" for kind, speed in read.items())
+    print(f"{threads}: reading {speeds}; float32 {product:.0f} GFLOP/s")
     names = list(options.types)
     if "transformers" in options.peers:
         names.append(PEER)
@@ -278,7 +282,7 @@ def main() -> None:
             other = f"{speed.prefill / peer.prefill:.2f}, {speed.decode / peer.decode:.2f}" if peer else ""
             limit = f"{speed.prefill * 2 * layers / (product * 1e9):.2f}"
             if streams == 1 and name in BITS:
-                limit += f", {speed.decode * (layers + table) * BITS[name] / 8 / (read * 1e9):.2f}"
+                limit += f", {speed.decode * weights[name] / (read[name] * 1e9):.2f}"
             print(
                 f"| {streams} | {name} | {speed.prefill:.0f} | {speed.decode:.1f} | {theirs} | {other} | {limit} |",
                 flush=True,
