@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from .. import __version__
 from ..errors import DistributionError, StackError, nearest
 from .output import error, warning
 
@@ -103,6 +104,7 @@ def _outcome(arguments: list[str]) -> int:
 
 
 @click.command(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, message="llama-stack %(version)s")
 def _ROOT() -> None:
     """Serve and use a Llama model with everything around it."""
 

@@ -90,11 +90,25 @@ class LimitedConnection(h11.Connection):
                 self._refuse(HeadersTooLargeError(f"the headers are larger than {self._max_header_bytes} bytes"))
             if len(event.headers) > MAX_HEADERS:
                 self._refuse(HeadersTooLargeError(f"there are more than {MAX_HEADERS} header lines"))
+            if event.target.startswith((b"http://", b"https://")):
+                return _in_origin_form(event)
         return event
 
     def _refuse(self, error: StackError) -> None:
         self.fault = error
         raise h11.RemoteProtocolError(error.detail, error.status)
+
+
+def _in_origin_form(request: h11.Request) -> h11.Request:
+    """The same request as it is sent when no proxy is meant: the target's host stands for Host's (RFC 9112 3.2.2)."""
+    authority, slash, path = request.target.partition(b"://")[2].partition(b"/")
+    headers = [(name, value) for name, value in request.headers if name != b"host"]
+    return h11.Request(
+        method=request.method,
+        target=slash + path or b"/",
+        headers=[(b"host", authority), *headers],
+        http_version=request.http_version,
+    )
 
 
 class LimitedProtocol(H11Protocol):

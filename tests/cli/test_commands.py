@@ -121,6 +121,11 @@ def test_a_refusal_is_one_line_and_ends_with_1(run: Run) -> None:
     assert ran.err.count("\n") == 1
 
 
+def test_version_is_an_option_too(run: Run) -> None:
+    """It is what one types first to see whether something is installed."""
+    assert run("--version").out == f"llama-stack {__version__}\n"
+
+
 def test_version_names_the_package_and_python(run: Run) -> None:
     """What a bug report needs."""
     assert run("version").out == f"llama-stack {__version__} on Python {sys.version.split()[0]}\n"

@@ -51,6 +51,26 @@ async def served() -> AsyncIterator[Serving]:
         yield found
 
 
+@pytest.mark.parametrize(
+    ("target", "status"),
+    [
+        ("http://localhost/version", 200),
+        ("http://127.0.0.1:8321/version?x=1", 200),
+        ("https://localhost/version", 200),
+        ("http://localhost", 404),
+        ("http://evil.example/version", 421),
+        ("http://localhost@evil.example/version", 421),
+        ("http://localhost?/version", 421),
+        ("http:///version", 421),
+    ],
+)
+async def test_a_target_with_a_host_in_it_is_that_hosts(served: Serving, target: str, status: int) -> None:
+    """As clients send it that take this server for a proxy (RFC 9112 section 3.2.2); Host then does not count."""
+    client = await served.connect()
+    await client.send(f"GET {target} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n".encode())
+    assert (await client.response())[0] == status
+
+
 @pytest.mark.parametrize("host", FOREIGN_HOSTS)
 async def test_foreign_host_is_misdirected_on_every_method(served: Serving, host: str) -> None:
     """DNS rebinding: a page makes its own name point at this machine, and the browser says so in Host."""
