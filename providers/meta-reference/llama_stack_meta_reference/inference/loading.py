@@ -9,11 +9,12 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from pathlib import Path
 from time import monotonic
 
 import torch
 
-from llama_stack.errors import SetupError
+from llama_stack.errors import CheckpointError, SetupError
 
 from ..config import ModelConfig
 from ..llama.checkpoint import Checkpoint, load_model, open_checkpoint
@@ -143,7 +144,7 @@ def open_model(name: str, config: ModelConfig, rank: Rank | None = None) -> Open
     Raises ``CheckpointError`` for a bad folder and ``SetupError`` for what this machine cannot do.
     """
     device = _device(name, config.device, rank)
-    checkpoint = open_checkpoint(config.folder)
+    checkpoint = _opened(name, "checkpoint", config.folder)
     if rank is not None:
         _check_split(name, checkpoint.config, rank)
     storage = _storage(name, config, checkpoint, device)
@@ -151,7 +152,7 @@ def open_model(name: str, config: ModelConfig, rank: Rank | None = None) -> Open
         logger.info("model %r: %s", name, remark)
     draft, network, planned = None, checkpoint.config, storage
     if config.draft is not None:
-        drafting = open_checkpoint(config.draft.folder)
+        drafting = _opened(name, "draft.checkpoint", config.draft.folder)
         draft = _Draft(drafting, _storage(f"{name}, draft", config, drafting, device))
         planned = _Both(storage, draft)
         # Beyond what the draft network was made for it would guess nonsense.
@@ -178,6 +179,13 @@ def open_model(name: str, config: ModelConfig, rank: Rank | None = None) -> Open
         static_rows=config.max_sequences if has_graphs else 0,
         compiler="inductor" if is_compiled else None,
     )
+
+
+def _opened(name: str, key: str, folder: Path) -> Checkpoint:
+    try:
+        return open_checkpoint(folder)
+    except CheckpointError as error:
+        raise CheckpointError(f"model {name!r}, {key}: {error}") from None
 
 
 def _device(name: str, asked: str, rank: Rank | None) -> torch.device:

@@ -6,7 +6,7 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ from llama_stack_meta_reference.llama.model import Llama
 from llama_stack_meta_reference.llama.quantize import KINDS
 from llama_stack_meta_reference.native.library import KernelsUnavailableError
 
-from llama_stack.errors import SetupError
+from llama_stack.errors import CheckpointError, SetupError
 from tests.providers.meta_reference import small_tokenizer
 from tests.providers.meta_reference.kernels import NEEDS_KERNELS
 from tests.providers.meta_reference.small_llama import WORDED
@@ -251,3 +251,12 @@ def test_a_context_that_does_not_fit_is_refused_and_by_default_as_much_as_fits_i
     monkeypatch.setattr(loading, "available_memory", lambda device: weights)
     with pytest.raises(SetupError, match="does not fit the memory"):
         open_model("m", ModelConfig(checkpoint=str(worded_checkpoint), device="cpu"))
+
+
+@pytest.mark.parametrize("key", ["checkpoint", "draft.checkpoint"])
+def test_a_folder_that_is_not_there_is_named_with_its_model_and_its_key(worded_checkpoint: Path, key: str) -> None:
+    """With three models in a file, a path alone does not say which line to mend."""
+    asked: dict[str, Any] = {"checkpoint": str(worded_checkpoint), "device": "cpu"}
+    asked |= {"checkpoint": "/nowhere"} if key == "checkpoint" else {"draft": {"checkpoint": "/nowhere"}}
+    with pytest.raises(CheckpointError, match=f"^model 'm', {key}: /nowhere: no such folder$"):
+        open_model("m", ModelConfig.model_validate(asked))
