@@ -350,6 +350,7 @@ class MemoryBanksConformance:
             document("b", "a\0b"),
             document("b", "text", mime_type="application/x-unheard-of"),
             document("b", "text", mime_type="text/plain; charset=klingon"),
+            document("b", "text", mime_type="text/plain; name=a\0b"),
         ):
             with pytest.raises(UnreadableDocumentError) as refused:
                 await banks.insert("empty", [document("a", "Fine."), wrong])

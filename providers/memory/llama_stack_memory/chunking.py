@@ -23,20 +23,19 @@ def chunk(text: str, spans: Sequence[Span], settings: ChunkSettings) -> list[Chu
     tokens = list(_cut(spans))
     starts = [start for start, _ in tokens]
     sentences = [bisect_left(starts, match.end()) for match in _SENTENCE_END.finditer(text)]
-    words = [n for n in range(1, len(tokens)) if _is_border(text, starts[n])]
     chunks: list[Chunk] = []
     first = 0
     while first < len(tokens):
         last = min(first + settings.tokens, len(tokens))  # exclusive
         if last < len(tokens):
             least = first + settings.tokens // 2
-            last = _latest(sentences, least, last) or _latest(words, least, last) or last
+            last = _latest(sentences, least, last) or _word(text, starts, range(last, least - 1, -1)) or last
         start, end = tokens[first][0], tokens[last - 1][1]
         chunks.append(Chunk(text[start:end], start, end, last - first))
         if last == len(tokens):
             break
         overlap = max(last - min(settings.overlap, settings.tokens // 2), first + 1)
-        first = _earliest(sentences, overlap, last) or _earliest(words, overlap, last) or last
+        first = _earliest(sentences, overlap, last) or _word(text, starts, range(overlap, last + 1)) or last
     return chunks
 
 
@@ -46,9 +45,9 @@ def _cut(spans: Sequence[Span]) -> Iterator[Span]:
             yield at, min(at + LONGEST_TOKEN_CHARS, end)
 
 
-def _is_border(text: str, at: int) -> bool:
-    """Whether no word reaches over this place."""
-    return not (text[at].isalnum() and text[at - 1].isalnum())
+def _word(text: str, starts: Sequence[int], tokens: range) -> int | None:
+    """The first of ``tokens`` that no word reaches into from before it."""
+    return next((n for n in tokens if not (text[starts[n]].isalnum() and text[starts[n] - 1].isalnum())), None)
 
 
 def _latest(borders: Sequence[int], least: int, most: int) -> int | None:

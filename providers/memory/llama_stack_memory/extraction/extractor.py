@@ -25,6 +25,7 @@ from .reader import READERS, RefusedError, decode
 TEXT_TYPES = ("text/plain", "text/markdown")
 MEDIA_TYPES = (*TEXT_TYPES, *READERS)
 """What is read here."""
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 class Extractor:
@@ -51,6 +52,8 @@ class Extractor:
         Raises ``UnreadableDocumentError`` for a type that is not read here, for bytes that are not of their type, and
         for a document that goes beyond a limit; the detail says which.
         """
+        if _CONTROL.search(mime_type):
+            raise UnreadableDocumentError(f"media type {mime_type!r} holds a control character")
         kind, charset = parse_mime_type(mime_type)
         if kind not in MEDIA_TYPES:
             known = ", ".join(MEDIA_TYPES)
@@ -109,7 +112,7 @@ class Extractor:
 def parse_mime_type(mime_type: str) -> tuple[str, str | None]:
     """The media type in lower case, and its ``charset``."""
     message = Message()
-    message["content-type"] = re.sub(r"[\x00-\x1f]", "", mime_type)
+    message["content-type"] = mime_type
     charset = message.get_param("charset")
     kind = mime_type.partition(";")[0].strip().lower()
     return kind, charset if isinstance(charset, str) else None

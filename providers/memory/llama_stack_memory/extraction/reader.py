@@ -100,7 +100,7 @@ def read_pdf(content: bytes, charset: str | None, text: Text, pages: int) -> Non
     for number, page in enumerate(reader.pages):
         if number == pages:
             raise RefusedError(f"it has more than {pages} pages")
-        if words := page.extract_text().replace("\0", "").strip():
+        if words := page.extract_text().strip():
             text.add(words + "\n\n")
 
 
@@ -144,7 +144,7 @@ def read(request: dict[str, Any], content: bytes) -> str:
     most = min(request["characters"], max(RATIO_FREE_CHARACTERS, int(request["ratio"] * len(content))))
     text = Text(most)
     READERS[request["kind"]](content, request["charset"], text, request["pages"])
-    whole = str(text)
+    whole = str(text).replace("\0", "")  # JSON can write it, PDF can show it, and no database takes it
     if not whole.strip() and content.strip():
         raise RefusedError("there is no text in it")
     return whole

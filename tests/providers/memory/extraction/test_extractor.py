@@ -48,6 +48,7 @@ async def extractor() -> AsyncIterator[Extractor]:
             "city: Oslo\nfacts[0].snow: true\nfacts[1]: 1.5\nfacts[2]: null\nfacts[3]: a\n",
         ),
         ("application/json", b'"alone"', "alone\n"),
+        ("application/json", b'{"a": "one\\u0000two"}', "a: onetwo\n"),
         ("text/csv", b'city,note\nOslo,"a ""b"", c"\n\nRome,\n', 'city: Oslo. note: a "b", c. \ncity: Rome. \n'),
         ("text/csv", b"", ""),
     ],
@@ -62,6 +63,8 @@ async def test_documents_become_text(extractor: Extractor, mime_type: str, conte
     [
         ("image/png", b"\x89PNG", "media type 'image/png' is not read here; these are: text/plain, "),
         ("nonsense", b"x", "media type 'nonsense'"),
+        ("text/plain;\r\n x=1", b"x", "holds a control character"),
+        ("application/json", b'"\\ud800"', "it is no valid application/json"),
         ("text/plain", b"a\xff", "it is not utf-8: byte 1 does not fit"),
         ("text/plain", b"a\0b", "character 1 is U\\+0000"),
         ("text/plain; charset=klingon", b"a", "charset 'klingon' is not known"),
