@@ -44,6 +44,7 @@ from .serving import LoadedModel, load
 from .workers import Workers
 
 T = TypeVar("T")
+_Request = CompletionRequest | ChatCompletionRequest | BatchCompletionRequest | BatchChatCompletionRequest
 
 
 @asynccontextmanager
@@ -155,7 +156,7 @@ class MetaReferenceInference(Inference):
         served = self._named(request.model)
         model = served.model
         prompts = await self._encoder.texts(model, [("/content", request.content)])
-        tickets = _submit(served, prompts, request)
+        tickets = self._submit(served, prompts, request)
         if request.stream:
             return _Closing(_completion_chunks(tickets[0], Reply(model.tokenizer), request.logprobs), tickets)
         return await _whole_completion(tickets[0], Reply(model.tokenizer), request.logprobs)
@@ -167,7 +168,7 @@ class MetaReferenceInference(Inference):
         served = self._named(request.model)
         model = served.model
         prompts = await self._encoder.dialogs(model, [("/dialog", request.dialog)], request.available_tools)
-        tickets = _submit(served, prompts, request)
+        tickets = self._submit(served, prompts, request)
         reply = Reply(model.tokenizer, request.available_tools)
         if request.stream:
             return _Closing(_chat_chunks(tickets[0], reply), tickets)
@@ -178,7 +179,7 @@ class MetaReferenceInference(Inference):
         served = self._named(request.model)
         model = served.model
         pointed = [(f"/content_batch/{index}", content) for index, content in enumerate(request.content_batch)]
-        tickets = _submit(served, await self._encoder.texts(model, pointed), request)
+        tickets = self._submit(served, await self._encoder.texts(model, pointed), request)
 
         async def lines() -> AsyncGenerator[CompletionResponse, None]:
             for ticket in tickets:
@@ -192,7 +193,7 @@ class MetaReferenceInference(Inference):
         model = served.model
         tools: Sequence[ToolDefinition] = request.available_tools
         pointed = [(f"/batch_dialogs/{index}", dialog) for index, dialog in enumerate(request.batch_dialogs)]
-        tickets = _submit(served, await self._encoder.dialogs(model, pointed, tools), request)
+        tickets = self._submit(served, await self._encoder.dialogs(model, pointed, tools), request)
 
         async def lines() -> AsyncGenerator[ChatCompletionResponse, None]:
             for ticket in tickets:
@@ -206,15 +207,14 @@ class MetaReferenceInference(Inference):
             raise ModelNotFoundError(name, [*self._served, *self._aliases])
         return served
 
-
-_Request = CompletionRequest | ChatCompletionRequest | BatchCompletionRequest | BatchChatCompletionRequest
-
-
-def _submit(served: _Served, prompts: list[list[int]], request: _Request) -> list[Ticket]:
-    sampling, most, logprobs = request.sampling_params, request.max_tokens, request.logprobs
-    return served.model.engine.submit(
-        [Generation(prompt, sampling, most, logprobs, served.adapter) for prompt in prompts]
-    )
+    def _submit(self, served: _Served, prompts: list[list[int]], request: _Request) -> list[Ticket]:
+        sampling, most, logprobs = request.sampling_params, request.max_tokens, request.logprobs
+        # While the prompts were encoded the adapter may have been removed, and a step with it would fail for all.
+        if self._named(request.model) is not served:
+            raise ModelNotFoundError(request.model, [*self._served, *self._aliases])
+        return served.model.engine.submit(
+            [Generation(prompt, sampling, most, logprobs, served.adapter) for prompt in prompts]
+        )
 
 
 class _Closing(AsyncIterator[T], Generic[T]):

@@ -31,6 +31,7 @@ from transformers import LlamaForCausalLM
 from llama_stack.apis.common import SamplingParams
 from llama_stack.apis.inference import (
     AddAdapterRequest,
+    BatchCompletionRequest,
     CompletionRequest,
     CompletionResponse,
     RemoveAdapterRequest,
@@ -231,6 +232,26 @@ async def test_an_adapter_comes_and_goes_while_others_are_answered(folders: Path
         await provider.add_adapter(AddAdapterRequest(model="m", adapter="tuned", folder="few"))
         assert await text(provider, "tuned") != first  # nothing of the former one's cache
         assert engine.free_blocks == engine.blocks
+
+
+async def test_an_adapter_that_goes_while_a_prompt_is_encoded_takes_nobody_with_it(folders: Path) -> None:
+    """The request alone is refused: a step through what is not there any more would fail everyone's answer."""
+    async with serving(folders, root=folders, process="shared") as (provider, engine):
+        add = AddAdapterRequest(model="m", adapter="tuned", folder="every")
+        for successor in (None, "few"):
+            await provider.add_adapter(add)
+            many = BatchCompletionRequest(
+                model="tuned", content_batch=["The cat"] * 50, max_tokens=2, sampling_params=SamplingParams()
+            )  # so many are encoded in a thread
+            asked = asyncio.create_task(provider.batch_completion(many))
+            await asyncio.sleep(0)
+            await provider.remove_adapter(RemoveAdapterRequest(model="tuned"))
+            if successor:
+                await provider.add_adapter(AddAdapterRequest(model="m", adapter="tuned", folder=successor))
+            with pytest.raises(ModelNotFoundError):
+                await asked
+        assert await text(provider, "m")
+        assert engine.metrics().failed_steps == 0
 
 
 @pytest.mark.parametrize(
