@@ -6,6 +6,7 @@ import asyncio
 import os
 import shutil
 import signal
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import Any
 import pytest
 import torch
 from llama_stack_meta_reference.config import MetaReferenceConfig
+from llama_stack_meta_reference.inference import engine as engine_module
 from llama_stack_meta_reference.inference.batch import Batch
 from llama_stack_meta_reference.inference.engine import Engine
+from llama_stack_meta_reference.inference.executor import ExecutorLostError
 from llama_stack_meta_reference.inference.native_runner import NativeRunner
 from llama_stack_meta_reference.inference.provider import MetaReferenceInference, serve
 from llama_stack_meta_reference.inference.runner import Runner, TorchRunner
@@ -252,6 +255,51 @@ async def test_an_adapter_that_goes_while_a_prompt_is_encoded_takes_nobody_with_
                 await asked
         assert await text(provider, "m")
         assert engine.metrics().failed_steps == 0
+
+
+async def test_an_adapter_whose_caller_has_left_is_not_kept(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody knows its number, so nobody could ever remove it."""
+    async with serving(folders, root=folders, process="shared") as (provider, engine):
+        executor, held = engine._executor, dict[int, str]()
+        reading, go_on, removed = threading.Event(), threading.Event(), threading.Event()
+
+        def add(adapter: int, folder: str) -> None:
+            reading.set()
+            assert go_on.wait(30)
+            held[adapter] = folder
+
+        def remove(adapter: int) -> None:
+            held.pop(adapter, None)
+            removed.set()
+
+        monkeypatch.setattr(executor, "add_adapter", add)
+        monkeypatch.setattr(executor, "remove_adapter", remove)
+        asked = asyncio.create_task(provider.add_adapter(AddAdapterRequest(model="m", adapter="a", folder="every")))
+        assert await asyncio.to_thread(reading.wait, 30)
+        asked.cancel()
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+        assert await asyncio.to_thread(removed.wait, 5)
+        assert not held
+
+
+async def test_while_an_engine_cannot_be_restarted_no_adapter_waits_for_it(
+    folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who adds one is told so, as who asks for an answer is; and adapters of other models do not wait behind it."""
+    monkeypatch.setattr(engine_module, "_FIRST_PAUSE_SECONDS", 0.001)
+    async with serving(folders, root=folders, process="shared") as (provider, engine):
+
+        def fail() -> None:
+            raise ExecutorLostError("no memory")
+
+        monkeypatch.setattr(engine._executor, "check", fail)
+        monkeypatch.setattr(engine._executor, "reset", fail)
+        async with asyncio.timeout(30):
+            while "5 tries have failed" not in (engine.trouble or ""):
+                with pytest.raises(EngineRestartedError):
+                    await provider.add_adapter(AddAdapterRequest(model="m", adapter="a", folder="every"))
 
 
 @pytest.mark.parametrize(
