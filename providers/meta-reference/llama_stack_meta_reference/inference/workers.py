@@ -20,7 +20,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Any
@@ -155,11 +155,12 @@ class Workers:
         with self._in_use:
             self._adapters.pop(adapter, None)
             self._lost_adapters.discard(adapter)
-            self._ask(Kind.REMOVE_ADAPTER, _json({"adapter": adapter}))
+            self._ask(Kind.REMOVE_ADAPTER, _json({"adapter": adapter}), self._config.step_timeout_seconds)
 
     def _add_adapter(self, adapter: int, folder: str) -> None:
-        try:
-            self._ask(Kind.ADD_ADAPTER, _json({"adapter": adapter, "folder": folder}))
+        asked = _json({"adapter": adapter, "folder": folder})
+        try:  # no step is run meanwhile, so it may take no longer than one
+            self._ask(Kind.ADD_ADAPTER, asked, self._config.step_timeout_seconds)
         except StepFailedError as error:
             raise SetupError(str(error)) from error
 
@@ -212,9 +213,13 @@ class Workers:
     def _start(self, **settled: int | str) -> ModelFacts:
         """Start all processes and let each plan, with what is ``settled`` of the plan already."""
         ranks = self._ranks
-        if ranks > 1:  # a folder that only its owner can enter
-            self._rendezvous = tempfile.TemporaryDirectory(prefix="llama-stack-")
-        self._starter.submit(self._start_processes, ranks).result()
+        try:
+            if ranks > 1:  # a folder that only its owner can enter
+                self._rendezvous = tempfile.TemporaryDirectory(prefix="llama-stack-")
+            self._starter.submit(self._start_processes, ranks).result()
+        except OSError as error:  # the system is short of something; some of the processes may be there
+            self._end()
+            raise ExecutorLostError(f"model {self._name!r} gets no process: {error}") from error
         facts = self._open(settled)
         blocks, context = min(one.blocks for one in facts), min(one.context for one in facts)
         dtype = facts[0].dtype  # which may have been measured, and must be one
@@ -234,7 +239,8 @@ class Workers:
                 raise ExecutorLostError(f"model {self._name!r} is being stopped")
             for rank in range(count):
                 ours, theirs = socket.socketpair()
-                with theirs:
+                with theirs, ExitStack() as unless_started:
+                    unless_started.callback(ours.close)
                     process = subprocess.Popen(
                         # -P: nothing is imported from wherever the server was started.
                         [sys.executable, "-P", "-m", _MODULE, str(theirs.fileno())],
@@ -242,6 +248,7 @@ class Workers:
                         stdout=subprocess.DEVNULL,
                         pass_fds=[theirs.fileno()],
                     )
+                    unless_started.pop_all()
                 self._workers.append(_Worker(rank, process, Connection(ours)))
                 self._poll.register(ours, select.POLLIN)
 
