@@ -13,7 +13,7 @@ from time import monotonic
 
 import torch
 
-from llama_stack.errors import SetupError
+from llama_stack.errors import CheckpointError, SetupError
 
 from ..config import ModelConfig
 from ..llama.checkpoint import Checkpoint, load_model, open_checkpoint
@@ -86,6 +86,10 @@ class OpenModel:
         cannot be kept as was asked for.
         """
         began = monotonic()
+        if self.draft is not None and (known := self.draft.checkpoint.config.vocab_size) < vocabulary:
+            raise CheckpointError(
+                f"{self.draft.checkpoint.folder}: knows {known} tokens of the {vocabulary} that a draft network must know"
+            )
         if self.rank is not None:
             self.rank.join(self.device)
             if self.device.type == "cpu":
@@ -133,10 +137,11 @@ class _Both:
         return self.main.cache_bytes_per_token(config) + draft
 
 
-def open_model(name: str, config: ModelConfig, rank: Rank | None = None) -> OpenModel:
+def open_model(name: str, config: ModelConfig, rank: Rank | None = None, dtype: str | None = None) -> OpenModel:
     """Look at a checkpoint, settle where and how it runs, and plan its memory; takes little time.
 
-    With a ``rank`` all of that is for its part of the network.
+    With a ``rank`` all of that is for its part of the network. A ``dtype`` is what an earlier call settled for the
+    network, and takes the place of the configuration's; a draft network's is settled anew.
 
     Raises ``CheckpointError`` for a bad folder and ``SetupError`` for what this machine cannot do.
     """
@@ -144,7 +149,7 @@ def open_model(name: str, config: ModelConfig, rank: Rank | None = None) -> Open
     checkpoint = open_checkpoint(config.folder)
     if rank is not None:
         _check_split(name, checkpoint.config, rank)
-    storage = _storage(name, config, checkpoint, device)
+    storage = _storage(name, config.model_copy(update={"dtype": dtype or config.dtype}), checkpoint, device)
     for remark in checkpoint.remarks:
         logger.info("model %r: %s", name, remark)
     draft, network, planned = None, checkpoint.config, storage

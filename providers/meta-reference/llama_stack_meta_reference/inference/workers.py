@@ -185,7 +185,7 @@ class Workers:
             # The engine's books are made for this cache; a plan for less would not do. Nor would another type fit it.
             facts = self.facts
             cache_tokens = facts.blocks * facts.block_tokens
-            self._start(context_tokens=facts.context, cache_tokens=cache_tokens, dtype=facts.dtype)
+            self._start(facts.dtype, context_tokens=facts.context, cache_tokens=cache_tokens)
             self._ask(Kind.LOAD, _json({"vocabulary": self._vocabulary}))
             for adapter, folder in self._adapters.items():
                 try:
@@ -210,8 +210,8 @@ class Workers:
             self._end()
         self._starter.shutdown()
 
-    def _start(self, **settled: int | str) -> ModelFacts:
-        """Start all processes and let each plan, with what is ``settled`` of the plan already."""
+    def _start(self, dtype: str | None = None, **settled: int) -> ModelFacts:
+        """Start all processes and let each plan, with what is settled of the plan already."""
         ranks = self._ranks
         try:
             if ranks > 1:  # a folder that only its owner can enter
@@ -220,12 +220,12 @@ class Workers:
         except OSError as error:  # the system is short of something; some of the processes may be there
             self._end()
             raise ExecutorLostError(f"model {self._name!r} gets no process: {error}") from error
-        facts = self._open(settled)
+        facts = self._open(dtype, settled)
         blocks, context = min(one.blocks for one in facts), min(one.context for one in facts)
-        dtype = facts[0].dtype  # which may have been measured, and must be one
+        dtype = facts[0].dtype  # which may have been measured, and must be one for all
         if any((one.blocks, one.context, one.dtype) != (blocks, context, dtype) for one in facts):
             cache_tokens = blocks * facts[0].block_tokens
-            facts = self._open({"context_tokens": context, "cache_tokens": cache_tokens, "dtype": dtype})
+            facts = self._open(dtype, {"context_tokens": context, "cache_tokens": cache_tokens})
         return replace(
             facts[0],
             device=",".join(dict.fromkeys(one.device for one in facts)),
@@ -252,11 +252,12 @@ class Workers:
                 self._workers.append(_Worker(rank, process, Connection(ours)))
                 self._poll.register(ours, select.POLLIN)
 
-    def _open(self, settled: Mapping[str, int | str]) -> list[ModelFacts]:
+    def _open(self, dtype: str | None, settled: Mapping[str, int]) -> list[ModelFacts]:
         """Let each process look at the checkpoint and plan."""
         asked: dict[str, Any] = {
             "name": self._name,
             "config": self._config.model_copy(update=settled).model_dump(),
+            "dtype": dtype,
             "ranks": self._ranks,
             "rendezvous": self._rendezvous.name if self._rendezvous else None,
             "log_level": logger.getEffectiveLevel(),
