@@ -88,7 +88,7 @@ class OpenModel:
         began = monotonic()
         if self.draft is not None and (known := self.draft.checkpoint.config.vocab_size) < vocabulary:
             raise CheckpointError(
-                f"{self.draft.checkpoint.folder}: knows {known} tokens of the {vocabulary} that a draft network must know"
+                f"{self.draft.checkpoint.folder}: knows {known} tokens of the {vocabulary} that a draft network needs"
             )
         if self.rank is not None:
             self.rank.join(self.device)
