@@ -162,7 +162,8 @@ class MetaReferenceConfig(Config):
     aliases: dict[Id, Id] = Field(default_factory=dict)
     """Further names, each for one of the models, such as the draft's ``llama3_8b_chat``."""
     adapters_folder: FolderName | None = None
-    """Where the folders lie that ``POST /inference/adapters/add`` may name; without it none may be added by request."""
+    """Where the folders lie that ``POST /inference/adapters/add`` may name; without it none may be added or removed by
+    request."""
 
     @property
     def adapters_root(self) -> Path | None:

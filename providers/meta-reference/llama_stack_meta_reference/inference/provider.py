@@ -125,21 +125,28 @@ class MetaReferenceInference(Inference):
 
     async def add_adapter(self, request: AddAdapterRequest) -> ServedModel:
         """Serve one of the adapters in ``adapters_folder``. Raises ``ForbiddenError`` where that is not set."""
-        root = self._adapters_folder
-        if root is None:
-            raise ForbiddenError("no adapter is added by request here: the distribution sets no adapters_folder")
+        root = self._open_root()
         try:
             return await self.serve_adapter(request.adapter, request.model, _within(root, request.folder))
         except CheckpointError as error:  # where the folder lies is nothing for clients
             raise InvalidRequestError(str(error).replace(f"{root}/", ""), param="folder") from error
 
     async def remove_adapter(self, request: RemoveAdapterRequest) -> None:
-        """Forget the name at once, and the adapter when nothing runs through it any more."""
+        """Forget the name at once, and the adapter when nothing runs through it any more.
+
+        Raises ``ForbiddenError`` where ``adapters_folder`` is not set: no request could bring it back.
+        """
+        self._open_root()
         served = self._served.get(request.model)
         if served is None or not served.adapter:
             raise ModelNotFoundError(request.model, [name for name, served in self._served.items() if served.adapter])
         del self._served[request.model]
         served.model.engine.retire_adapter(served.adapter)
+
+    def _open_root(self) -> Path:
+        if self._adapters_folder is None:
+            raise ForbiddenError("no adapter comes or goes by request here: the distribution sets no adapters_folder")
+        return self._adapters_folder
 
     def unready_reason(self) -> str | None:
         """Which engine is being restarted, if any."""

@@ -334,11 +334,14 @@ async def test_what_cannot_be_added_is_refused_and_changes_nothing(
         assert engine.trouble is None
 
 
-async def test_without_a_folder_set_aside_no_request_adds_any(folders: Path) -> None:
-    """Which files the server opens is the operator's choice."""
-    async with serving(folders, process="shared") as (provider, _):
+async def test_without_a_folder_set_aside_no_request_adds_or_removes_any(folders: Path) -> None:
+    """Which files the server opens is the operator's choice, and so is what it serves: none could be brought back."""
+    async with serving(folders, adapters={"few": str(folders / "few")}, process="shared") as (provider, _):
         with pytest.raises(ForbiddenError, match="adapters_folder"):
             await provider.add_adapter(AddAdapterRequest(model="m", adapter="a", folder="every"))
+        with pytest.raises(ForbiddenError, match="adapters_folder"):
+            await provider.remove_adapter(RemoveAdapterRequest(model="few"))
+        assert await text(provider, "few")
 
 
 async def test_adapters_come_back_with_their_process_and_a_lost_one_fails_alone(
@@ -347,7 +350,7 @@ async def test_adapters_come_back_with_their_process_and_a_lost_one_fails_alone(
     """One whose folder has gone since answers 503, never with the base's words, until it is removed."""
     shutil.copytree(folders / "every", tmp_path / "every")
     adapters = {"kept": str(folders / "few"), "lost": str(tmp_path / "every")}
-    async with serving(folders, adapters=adapters) as (provider, engine):
+    async with serving(folders, root=folders, adapters=adapters) as (provider, engine):
         workers = engine._executor
         assert isinstance(workers, Workers)
         answers = [await text(provider, name) for name in ("m", "kept", "lost")]

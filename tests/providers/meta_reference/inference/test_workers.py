@@ -19,7 +19,6 @@ from typing import Any
 
 import pytest
 from llama_stack_meta_reference.config import MetaReferenceConfig, ModelConfig
-from llama_stack_meta_reference.inference import workers as workers_module
 from llama_stack_meta_reference.inference.batch import Batch
 from llama_stack_meta_reference.inference.engine import Engine, Generation, Ticket
 from llama_stack_meta_reference.inference.executor import ExecutorLostError
@@ -214,7 +213,7 @@ def test_ranks_that_could_not_all_be_started_are_started_anew(
         workers.load(WORDED.vocab_size)
         os.kill(pid(workers), signal.SIGKILL)
         with monkeypatch.context() as short:
-            short.setattr(workers_module.subprocess, "Popen", scarce)
+            short.setattr(subprocess, "Popen", scarce)
             with pytest.raises(ExecutorLostError, match="Too many open files"):
                 workers.reset()
         assert not is_alive(started[0].pid)
