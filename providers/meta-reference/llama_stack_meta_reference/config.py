@@ -78,8 +78,8 @@ class ModelConfig(Config):
     """Where the model runs: in a process of its ``own``, which the server restarts when it crashes or hangs, or in one
     ``shared`` with the server, for debugging."""
     step_timeout_seconds: float = Field(default=300.0, gt=0, le=86_400)
-    """How long a step may take before the model's process counts as hung and is started anew; a shared one cannot be
-    ended."""
+    """How long a step, or reading an adapter, may take before the model's process counts as hung and is started anew; a
+    shared one cannot be ended."""
     tensor_parallel: int = Field(default=1, ge=1, le=64)
     """Into how many processes the network is split, each on a GPU of its own, or all on the CPU; plain kernels and
     weights that are not rounded only."""
@@ -162,7 +162,8 @@ class MetaReferenceConfig(Config):
     aliases: dict[Id, Id] = Field(default_factory=dict)
     """Further names, each for one of the models, such as the draft's ``llama3_8b_chat``."""
     adapters_folder: FolderName | None = None
-    """Where the folders lie that ``POST /inference/adapters/add`` may name; without it none may be added by request."""
+    """Where the folders lie that ``POST /inference/adapters/add`` may name; without it none may be added or removed by
+    request."""
 
     @property
     def adapters_root(self) -> Path | None:

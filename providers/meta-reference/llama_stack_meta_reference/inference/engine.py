@@ -228,12 +228,16 @@ class Engine:
     async def add_adapter(self, folder: str) -> int:
         """Read a LoRA adapter between two steps; return the number by which generations ask for it.
 
-        Raises ``CheckpointError`` for a bad folder, ``EngineRestartedError`` when the executor was lost meanwhile and
-        ``DrainingError`` when the engine stops.
+        Raises ``CheckpointError`` for a bad folder, ``EngineRestartedError`` when the executor was lost meanwhile or
+        cannot be restarted, and ``DrainingError`` when the engine stops.
         """
         self._last_adapter += 1
         adapter = self._last_adapter  # never used again: what is cached of another's text must not match
-        await self._between_steps(lambda: self._executor.add_adapter(adapter, folder))
+        try:
+            await self._between_steps(lambda: self._executor.add_adapter(adapter, folder))
+        except BaseException:  # the caller may have left while it was read, or one rank may hold it
+            self.retire_adapter(adapter)
+            raise
         return adapter
 
     def retire_adapter(self, adapter: int) -> None:
@@ -247,6 +251,7 @@ class Engine:
         with self._lock:
             if not self.is_running:
                 raise DrainingError(f"the engine of {self.name!r} has been stopped")
+            self._refuse_if_down()
             self._calls.append((call, done))
             self._lock.notify()
         await asyncio.wrap_future(done)
@@ -263,11 +268,7 @@ class Engine:
         with self._lock:
             if not self.is_running:
                 raise DrainingError(f"the engine of {self.name!r} has been stopped")
-            if self._failed_resets >= _PATIENCE:
-                raise EngineRestartedError(
-                    f"the engine of {self.name!r} could not be restarted yet; it is being tried",
-                    retry_after_seconds=int(_LONGEST_PAUSE_SECONDS),
-                )
+            self._refuse_if_down()
             if self._has_cancelled:
                 self._scheduler.clear_line()
             if self._scheduler.is_full:
@@ -281,6 +282,13 @@ class Engine:
             self._scheduler.add(sequences)
             self._lock.notify()
         return tickets
+
+    def _refuse_if_down(self) -> None:
+        if self._failed_resets >= _PATIENCE:
+            raise EngineRestartedError(
+                f"the engine of {self.name!r} could not be restarted yet; it is being tried",
+                retry_after_seconds=int(_LONGEST_PAUSE_SECONDS),
+            )
 
     def _sequence(self, generation: Generation) -> Sequence:
         prompt_tokens = len(generation.prompt)
@@ -325,10 +333,7 @@ class Engine:
             stopped = [*self._scheduler.running, *self._scheduler.drop_waiting()]
             for sequence in stopped:
                 self._end(sequence, DrainingError(f"the engine of {self.name!r} is being stopped"))
-            calls, self._calls = self._calls, []
-        for _, done in calls:
-            if done.set_running_or_notify_cancel():
-                done.set_exception(DrainingError(f"the engine of {self.name!r} is being stopped"))
+        self._refuse_calls(DrainingError(f"the engine of {self.name!r} is being stopped"))
         self._deliver()
 
     def _wait(self) -> bool:
@@ -372,21 +377,35 @@ class Engine:
     def _tend_adapters(self) -> None:
         with self._lock:
             calls, self._calls = self._calls, []
-            in_use = {sequence.adapter for sequence in self._tickets} if self._retired else set()
-            free = self._retired - in_use
-            self._retired -= free
+        lost: ExecutorLostError | None = None
         for call, done in calls:
             if not done.set_running_or_notify_cancel():
                 continue
             try:
                 call()
+            except ExecutorLostError as error:
+                lost = lost or error
+                done.set_exception(EngineRestartedError(f"the engine of {self.name!r} is being restarted"))
             except Exception as error:
-                lost = EngineRestartedError(f"the engine of {self.name!r} is being restarted")
-                done.set_exception(lost if isinstance(error, ExecutorLostError) else error)
+                done.set_exception(error)
             else:
                 done.set_result(None)
+        if lost is not None:
+            raise lost  # now, for nobody has been admitted to the step yet
+        with self._lock:
+            in_use = {sequence.adapter for sequence in self._tickets} if self._retired else set()
+            free = self._retired - in_use
         for adapter in free:
             self._executor.remove_adapter(adapter)
+            with self._lock:
+                self._retired.discard(adapter)
+
+    def _refuse_calls(self, error: StackError) -> None:
+        with self._lock:
+            calls, self._calls = self._calls, []
+        for _, done in calls:
+            if done.set_running_or_notify_cancel():
+                done.set_exception(error)
 
     def _settle(self, step: Step, picked: list[SampledToken | None], began: float) -> None:
         """Enter the picked tokens, count them and pass them on. Under the lock."""
@@ -452,6 +471,8 @@ class Engine:
             for sequence in failed:
                 self._end(sequence, EngineRestartedError(f"a step of the engine of {self.name!r} failed"))
             self._pool.clear()
+        if self._failed_resets >= _PATIENCE:
+            self._refuse_calls(EngineRestartedError(f"the engine of {self.name!r} could not be restarted yet"))
 
     def _deliver(self) -> None:
         """Hand each event loop what this step made for it, in one call."""

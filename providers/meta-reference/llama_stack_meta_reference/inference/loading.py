@@ -88,6 +88,10 @@ class OpenModel:
         cannot be kept as was asked for.
         """
         began = monotonic()
+        if self.draft is not None and (known := self.draft.checkpoint.config.vocab_size) < vocabulary:
+            raise CheckpointError(
+                f"{self.draft.checkpoint.folder}: knows {known} tokens of the {vocabulary} that a draft network needs"
+            )
         if self.device.type == "cpu":
             ranks = self.rank.count if self.rank else 1
             torch.set_num_threads(max(1, min(torch.get_num_threads(), usable_cores()) // ranks))
@@ -136,10 +140,11 @@ class _Both:
         return self.main.cache_bytes_per_token(config) + draft
 
 
-def open_model(name: str, config: ModelConfig, rank: Rank | None = None) -> OpenModel:
+def open_model(name: str, config: ModelConfig, rank: Rank | None = None, dtype: str | None = None) -> OpenModel:
     """Look at a checkpoint, settle where and how it runs, and plan its memory; takes little time.
 
-    With a ``rank`` all of that is for its part of the network.
+    With a ``rank`` all of that is for its part of the network. A ``dtype`` is what an earlier call settled for the
+    network, and takes the place of the configuration's; a draft network's is settled anew.
 
     Raises ``CheckpointError`` for a bad folder and ``SetupError`` for what this machine cannot do.
     """
@@ -147,7 +152,7 @@ def open_model(name: str, config: ModelConfig, rank: Rank | None = None) -> Open
     checkpoint = _opened(name, "checkpoint", config.folder)
     if rank is not None:
         _check_split(name, checkpoint.config, rank)
-    storage = _storage(name, config, checkpoint, device)
+    storage = _storage(name, config.model_copy(update={"dtype": dtype or config.dtype}), checkpoint, device)
     for remark in checkpoint.remarks:
         logger.info("model %r: %s", name, remark)
     draft, network, planned = None, checkpoint.config, storage

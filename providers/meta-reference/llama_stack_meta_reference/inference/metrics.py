@@ -81,7 +81,7 @@ _COUNTERS = {
     "prompt_tokens": "Tokens of the prompts that were begun, reused ones included.",
     "reused_tokens": "Tokens of these prompts that were in the cache already.",
     "generated_tokens": "Tokens generated.",
-    "drafted_tokens": "Tokens guessed by look-up.",
+    "drafted_tokens": "Tokens guessed by look-up or by the draft network.",
     "accepted_tokens": "Guessed tokens that were what the network picked.",
     "preemptions": "Sequences that gave their cache blocks up to an older one and were read again.",
     "failed_steps": "Steps that failed, with the requests in them.",

@@ -228,6 +228,7 @@ class NativeRunner:
         ffn = padded(config.ffn_dim, PANEL)
         wide = max(padded((config.n_heads + 2 * config.n_kv_heads) * config.head_dim, PANEL), 2 * ffn)
         inputs = padded(max(config.dim, config.n_heads * config.head_dim, ffn), INPUT_MULTIPLE)
+        self._rows = 0  # where memory runs out below, some of the old room is gone and the next step must ask again
         self._room = (
             torch.empty(rows, padded(config.dim, PANEL)),
             torch.empty(rows, wide),
@@ -240,7 +241,7 @@ class NativeRunner:
         self._scratch = Scratch(rows, inputs)
         network.floats, network.bytes = self._scratch.floats.data_ptr(), self._scratch.bytes.data_ptr()
         network.scales, network.starts = self._scratch.scales.data_ptr(), self._scratch.starts.data_ptr()
-        self._rows = rows  # last: where memory ran out above, the next step must ask again
+        self._rows = rows
 
     def _layer(self, block: Block, kind: str) -> CLayer:
         attention, feed_forward = block.attention, block.feed_forward

@@ -44,6 +44,7 @@ from .serving import LoadedModel, load
 from .workers import Workers
 
 T = TypeVar("T")
+_Request = CompletionRequest | ChatCompletionRequest | BatchCompletionRequest | BatchChatCompletionRequest
 
 
 @asynccontextmanager
@@ -124,21 +125,28 @@ class MetaReferenceInference(Inference):
 
     async def add_adapter(self, request: AddAdapterRequest) -> ServedModel:
         """Serve one of the adapters in ``adapters_folder``. Raises ``ForbiddenError`` where that is not set."""
-        root = self._adapters_folder
-        if root is None:
-            raise ForbiddenError("no adapter is added by request here: the distribution sets no adapters_folder")
+        root = self._open_root()
         try:
             return await self.serve_adapter(request.adapter, request.model, _within(root, request.folder))
         except CheckpointError as error:  # where the folder lies is nothing for clients
             raise InvalidRequestError(str(error).replace(f"{root}/", ""), param="folder") from error
 
     async def remove_adapter(self, request: RemoveAdapterRequest) -> None:
-        """Forget the name at once, and the adapter when nothing runs through it any more."""
+        """Forget the name at once, and the adapter when nothing runs through it any more.
+
+        Raises ``ForbiddenError`` where ``adapters_folder`` is not set: no request could bring it back.
+        """
+        self._open_root()
         served = self._served.get(request.model)
         if served is None or not served.adapter:
             raise ModelNotFoundError(request.model, [name for name, served in self._served.items() if served.adapter])
         del self._served[request.model]
         served.model.engine.retire_adapter(served.adapter)
+
+    def _open_root(self) -> Path:
+        if self._adapters_folder is None:
+            raise ForbiddenError("no adapter comes or goes by request here: the distribution sets no adapters_folder")
+        return self._adapters_folder
 
     def unready_reason(self) -> str | None:
         """Which engine is being restarted, if any."""
@@ -155,7 +163,7 @@ class MetaReferenceInference(Inference):
         served = self._named(request.model)
         model = served.model
         prompts = await self._encoder.texts(model, [("/content", request.content)])
-        tickets = _submit(served, prompts, request)
+        tickets = self._submit(served, prompts, request)
         if request.stream:
             return _Closing(_completion_chunks(tickets[0], Reply(model.tokenizer), request.logprobs), tickets)
         return await _whole_completion(tickets[0], Reply(model.tokenizer), request.logprobs)
@@ -167,7 +175,7 @@ class MetaReferenceInference(Inference):
         served = self._named(request.model)
         model = served.model
         prompts = await self._encoder.dialogs(model, [("/dialog", request.dialog)], request.available_tools)
-        tickets = _submit(served, prompts, request)
+        tickets = self._submit(served, prompts, request)
         reply = Reply(model.tokenizer, request.available_tools)
         if request.stream:
             return _Closing(_chat_chunks(tickets[0], reply), tickets)
@@ -178,7 +186,7 @@ class MetaReferenceInference(Inference):
         served = self._named(request.model)
         model = served.model
         pointed = [(f"/content_batch/{index}", content) for index, content in enumerate(request.content_batch)]
-        tickets = _submit(served, await self._encoder.texts(model, pointed), request)
+        tickets = self._submit(served, await self._encoder.texts(model, pointed), request)
 
         async def lines() -> AsyncGenerator[CompletionResponse, None]:
             for ticket in tickets:
@@ -192,7 +200,7 @@ class MetaReferenceInference(Inference):
         model = served.model
         tools: Sequence[ToolDefinition] = request.available_tools
         pointed = [(f"/batch_dialogs/{index}", dialog) for index, dialog in enumerate(request.batch_dialogs)]
-        tickets = _submit(served, await self._encoder.dialogs(model, pointed, tools), request)
+        tickets = self._submit(served, await self._encoder.dialogs(model, pointed, tools), request)
 
         async def lines() -> AsyncGenerator[ChatCompletionResponse, None]:
             for ticket in tickets:
@@ -206,15 +214,14 @@ class MetaReferenceInference(Inference):
             raise ModelNotFoundError(name, [*self._served, *self._aliases])
         return served
 
-
-_Request = CompletionRequest | ChatCompletionRequest | BatchCompletionRequest | BatchChatCompletionRequest
-
-
-def _submit(served: _Served, prompts: list[list[int]], request: _Request) -> list[Ticket]:
-    sampling, most, logprobs = request.sampling_params, request.max_tokens, request.logprobs
-    return served.model.engine.submit(
-        [Generation(prompt, sampling, most, logprobs, served.adapter) for prompt in prompts]
-    )
+    def _submit(self, served: _Served, prompts: list[list[int]], request: _Request) -> list[Ticket]:
+        sampling, most, logprobs = request.sampling_params, request.max_tokens, request.logprobs
+        # While the prompts were encoded the adapter may have been removed, and a step with it would fail for all.
+        if self._named(request.model) is not served:
+            raise ModelNotFoundError(request.model, [*self._served, *self._aliases])
+        return served.model.engine.submit(
+            [Generation(prompt, sampling, most, logprobs, served.adapter) for prompt in prompts]
+        )
 
 
 class _Closing(AsyncIterator[T], Generic[T]):

@@ -87,7 +87,8 @@ class Worker:
         from .loading import open_model  # torch takes seconds to import; signals and log are settled before
 
         rank = Rank(self._rank, ranks, Path(asked["rendezvous"])) if ranks > 1 else None
-        self._opened = open_model(asked["name"], ModelConfig.model_validate(asked["config"]), rank)
+        config = ModelConfig.model_validate(asked["config"])
+        self._opened = open_model(asked["name"], config, rank, asked["dtype"])
         return json.dumps(asdict(self._opened.facts)).encode()
 
 

@@ -20,7 +20,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Any
@@ -155,11 +155,12 @@ class Workers:
         with self._in_use:
             self._adapters.pop(adapter, None)
             self._lost_adapters.discard(adapter)
-            self._ask(Kind.REMOVE_ADAPTER, _json({"adapter": adapter}))
+            self._ask(Kind.REMOVE_ADAPTER, _json({"adapter": adapter}), self._config.step_timeout_seconds)
 
     def _add_adapter(self, adapter: int, folder: str) -> None:
-        try:
-            self._ask(Kind.ADD_ADAPTER, _json({"adapter": adapter, "folder": folder}))
+        asked = _json({"adapter": adapter, "folder": folder})
+        try:  # no step is run meanwhile, so it may take no longer than one
+            self._ask(Kind.ADD_ADAPTER, asked, self._config.step_timeout_seconds)
         except StepFailedError as error:
             raise SetupError(str(error)) from error
 
@@ -184,7 +185,7 @@ class Workers:
             # The engine's books are made for this cache; a plan for less would not do. Nor would another type fit it.
             facts = self.facts
             cache_tokens = facts.blocks * facts.block_tokens
-            self._start(context_tokens=facts.context, cache_tokens=cache_tokens, dtype=facts.dtype)
+            self._start(facts.dtype, context_tokens=facts.context, cache_tokens=cache_tokens)
             self._ask(Kind.LOAD, _json({"vocabulary": self._vocabulary}))
             for adapter, folder in self._adapters.items():
                 try:
@@ -209,18 +210,22 @@ class Workers:
             self._end()
         self._starter.shutdown()
 
-    def _start(self, **settled: int | str) -> ModelFacts:
-        """Start all processes and let each plan, with what is ``settled`` of the plan already."""
+    def _start(self, dtype: str | None = None, **settled: int) -> ModelFacts:
+        """Start all processes and let each plan, with what is settled of the plan already."""
         ranks = self._ranks
-        if ranks > 1:  # a folder that only its owner can enter
-            self._rendezvous = tempfile.TemporaryDirectory(prefix="llama-stack-")
-        self._starter.submit(self._start_processes, ranks).result()
-        facts = self._open(settled)
+        try:
+            if ranks > 1:  # a folder that only its owner can enter
+                self._rendezvous = tempfile.TemporaryDirectory(prefix="llama-stack-")
+            self._starter.submit(self._start_processes, ranks).result()
+        except OSError as error:  # the system is short of something; some of the processes may be there
+            self._end()
+            raise ExecutorLostError(f"model {self._name!r} gets no process: {error}") from error
+        facts = self._open(dtype, settled)
         blocks, context = min(one.blocks for one in facts), min(one.context for one in facts)
-        dtype = facts[0].dtype  # which may have been measured, and must be one
+        dtype = facts[0].dtype  # which may have been measured, and must be one for all
         if any((one.blocks, one.context, one.dtype) != (blocks, context, dtype) for one in facts):
             cache_tokens = blocks * facts[0].block_tokens
-            facts = self._open({"context_tokens": context, "cache_tokens": cache_tokens, "dtype": dtype})
+            facts = self._open(dtype, {"context_tokens": context, "cache_tokens": cache_tokens})
         return replace(
             facts[0],
             device=",".join(dict.fromkeys(one.device for one in facts)),
@@ -234,7 +239,8 @@ class Workers:
                 raise ExecutorLostError(f"model {self._name!r} is being stopped")
             for rank in range(count):
                 ours, theirs = socket.socketpair()
-                with theirs:
+                with theirs, ExitStack() as unless_started:
+                    unless_started.callback(ours.close)
                     process = subprocess.Popen(
                         # -P: nothing is imported from wherever the server was started.
                         [sys.executable, "-P", "-m", _MODULE, str(theirs.fileno())],
@@ -242,14 +248,16 @@ class Workers:
                         stdout=subprocess.DEVNULL,
                         pass_fds=[theirs.fileno()],
                     )
+                    unless_started.pop_all()
                 self._workers.append(_Worker(rank, process, Connection(ours)))
                 self._poll.register(ours, select.POLLIN)
 
-    def _open(self, settled: Mapping[str, int | str]) -> list[ModelFacts]:
+    def _open(self, dtype: str | None, settled: Mapping[str, int]) -> list[ModelFacts]:
         """Let each process look at the checkpoint and plan."""
         asked: dict[str, Any] = {
             "name": self._name,
             "config": self._config.model_copy(update=settled).model_dump(),
+            "dtype": dtype,
             "ranks": self._ranks,
             "rendezvous": self._rendezvous.name if self._rendezvous else None,
             "log_level": logger.getEffectiveLevel(),

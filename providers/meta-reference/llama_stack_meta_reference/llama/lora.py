@@ -38,6 +38,7 @@ TARGETS = {
 """The matrices of a layer that an adapter can add to, in the order of a layer's work."""
 
 _LARGEST_RANK = 512
+_LARGEST_ALPHA = 1_000_000
 _TENSOR = re.compile(r"base_model\.model\.(model\.layers\.\d{1,4}\.\w+\.\w+)\.lora_([AB])\.weight")
 # Field of adapter_config.json -> the values with which an adapter is plain LoRA.
 _PLAIN: Mapping[str, tuple[object, ...]] = {
@@ -55,6 +56,11 @@ _PLAIN: Mapping[str, tuple[object, ...]] = {
     "layer_replication": ([],),
     "megatron_config": (),
     "target_parameters": ([],),
+    # Others begin by taking from the base what they then add to it (PiSSA, arXiv:2404.02948): this base has it still.
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica"),
+    "kasa_config": (),
+    "arrow_config": (),
+    "use_bdlora": (False,),
 }
 
 
@@ -127,8 +133,11 @@ def _rank_and_scale(file: Path, values: Mapping[str, Any]) -> tuple[int, float]:
     rank, alpha, is_stabilised = values.get("r"), values.get("lora_alpha"), values.get("use_rslora", False)
     if type(rank) is not int or not 1 <= rank <= _LARGEST_RANK:
         raise CheckpointError(f"{file}: r must be a whole number from 1 to {_LARGEST_RANK}; found {str(rank)[:80]}")
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
-        raise CheckpointError(f"{file}: lora_alpha must be a number; found {str(alpha)[:80]}")
+    # Compared, not converted: JSON's whole numbers may be larger than any float.
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) <= _LARGEST_ALPHA:
+        raise CheckpointError(
+            f"{file}: lora_alpha must be a number of at most {_LARGEST_ALPHA}; found {str(alpha)[:80]}"
+        )
     if not isinstance(is_stabilised, bool):
         raise CheckpointError(f"{file}: use_rslora must be true or false; found {str(is_stabilised)[:80]}")
     # Kalajdzievski 2023, arXiv:2312.03732

@@ -6,6 +6,7 @@ import asyncio
 import os
 import shutil
 import signal
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import Any
 import pytest
 import torch
 from llama_stack_meta_reference.config import MetaReferenceConfig
+from llama_stack_meta_reference.inference import engine as engine_module
 from llama_stack_meta_reference.inference.batch import Batch
 from llama_stack_meta_reference.inference.engine import Engine
+from llama_stack_meta_reference.inference.executor import ExecutorLostError
 from llama_stack_meta_reference.inference.native_runner import NativeRunner
 from llama_stack_meta_reference.inference.provider import MetaReferenceInference, serve
 from llama_stack_meta_reference.inference.runner import Runner, TorchRunner
@@ -31,6 +34,7 @@ from transformers import LlamaForCausalLM
 from llama_stack.apis.common import SamplingParams
 from llama_stack.apis.inference import (
     AddAdapterRequest,
+    BatchCompletionRequest,
     CompletionRequest,
     CompletionResponse,
     RemoveAdapterRequest,
@@ -233,6 +237,71 @@ async def test_an_adapter_comes_and_goes_while_others_are_answered(folders: Path
         assert engine.free_blocks == engine.blocks
 
 
+async def test_an_adapter_that_goes_while_a_prompt_is_encoded_takes_nobody_with_it(folders: Path) -> None:
+    """The request alone is refused: a step through what is not there any more would fail everyone's answer."""
+    async with serving(folders, root=folders, process="shared") as (provider, engine):
+        add = AddAdapterRequest(model="m", adapter="tuned", folder="every")
+        for successor in (None, "few"):
+            await provider.add_adapter(add)
+            many = BatchCompletionRequest(
+                model="tuned", content_batch=["The cat"] * 50, max_tokens=2, sampling_params=SamplingParams()
+            )  # so many are encoded in a thread
+            asked = asyncio.create_task(provider.batch_completion(many))
+            await asyncio.sleep(0)
+            await provider.remove_adapter(RemoveAdapterRequest(model="tuned"))
+            if successor:
+                await provider.add_adapter(AddAdapterRequest(model="m", adapter="tuned", folder=successor))
+            with pytest.raises(ModelNotFoundError):
+                await asked
+        assert await text(provider, "m")
+        assert engine.metrics().failed_steps == 0
+
+
+async def test_an_adapter_whose_caller_has_left_is_not_kept(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody knows its number, so nobody could ever remove it."""
+    async with serving(folders, root=folders, process="shared") as (provider, engine):
+        executor, held = engine._executor, dict[int, str]()
+        reading, go_on, removed = threading.Event(), threading.Event(), threading.Event()
+
+        def add(adapter: int, folder: str) -> None:
+            reading.set()
+            assert go_on.wait(30)
+            held[adapter] = folder
+
+        def remove(adapter: int) -> None:
+            held.pop(adapter, None)
+            removed.set()
+
+        monkeypatch.setattr(executor, "add_adapter", add)
+        monkeypatch.setattr(executor, "remove_adapter", remove)
+        asked = asyncio.create_task(provider.add_adapter(AddAdapterRequest(model="m", adapter="a", folder="every")))
+        assert await asyncio.to_thread(reading.wait, 30)
+        asked.cancel()
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+        assert await asyncio.to_thread(removed.wait, 5)
+        assert not held
+
+
+async def test_while_an_engine_cannot_be_restarted_no_adapter_waits_for_it(
+    folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who adds one is told so, as who asks for an answer is; and adapters of other models do not wait behind it."""
+    monkeypatch.setattr(engine_module, "_FIRST_PAUSE_SECONDS", 0.001)
+    async with serving(folders, root=folders, process="shared") as (provider, engine):
+
+        def fail() -> None:
+            raise ExecutorLostError("no memory")
+
+        monkeypatch.setattr(engine._executor, "check", fail)
+        monkeypatch.setattr(engine._executor, "reset", fail)
+        async with asyncio.timeout(30):
+            while "5 tries have failed" not in (engine.trouble or ""):
+                with pytest.raises(EngineRestartedError):
+                    await provider.add_adapter(AddAdapterRequest(model="m", adapter="a", folder="every"))
+
+
 @pytest.mark.parametrize(
     ("request_", "kind"),
     [
@@ -265,11 +334,14 @@ async def test_what_cannot_be_added_is_refused_and_changes_nothing(
         assert engine.trouble is None
 
 
-async def test_without_a_folder_set_aside_no_request_adds_any(folders: Path) -> None:
-    """Which files the server opens is the operator's choice."""
-    async with serving(folders, process="shared") as (provider, _):
+async def test_without_a_folder_set_aside_no_request_adds_or_removes_any(folders: Path) -> None:
+    """Which files the server opens is the operator's choice, and so is what it serves: none could be brought back."""
+    async with serving(folders, adapters={"few": str(folders / "few")}, process="shared") as (provider, _):
         with pytest.raises(ForbiddenError, match="adapters_folder"):
             await provider.add_adapter(AddAdapterRequest(model="m", adapter="a", folder="every"))
+        with pytest.raises(ForbiddenError, match="adapters_folder"):
+            await provider.remove_adapter(RemoveAdapterRequest(model="few"))
+        assert await text(provider, "few")
 
 
 async def test_adapters_come_back_with_their_process_and_a_lost_one_fails_alone(
@@ -278,7 +350,7 @@ async def test_adapters_come_back_with_their_process_and_a_lost_one_fails_alone(
     """One whose folder has gone since answers 503, never with the base's words, until it is removed."""
     shutil.copytree(folders / "every", tmp_path / "every")
     adapters = {"kept": str(folders / "few"), "lost": str(tmp_path / "every")}
-    async with serving(folders, adapters=adapters) as (provider, engine):
+    async with serving(folders, root=folders, adapters=adapters) as (provider, engine):
         workers = engine._executor
         assert isinstance(workers, Workers)
         answers = [await text(provider, name) for name in ("m", "kept", "lost")]

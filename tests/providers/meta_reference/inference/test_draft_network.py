@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from llama_stack_meta_reference.config import MetaReferenceConfig, ModelConfig
+from llama_stack_meta_reference.inference.executor import ModelFacts
 from llama_stack_meta_reference.inference.loading import open_model
 from llama_stack_meta_reference.inference.provider import serve
+from llama_stack_meta_reference.inference.workers import Workers
 from llama_stack_meta_reference.llama.model import Llama
+from llama_stack_meta_reference.quantize import quantize
 from pydantic import ValidationError
 
 from llama_stack.apis.common import Dialog, Message, SamplingParams
@@ -23,6 +30,7 @@ from tests.providers.meta_reference.stepping import Stepper
 
 pytestmark = pytest.mark.anyio
 
+BUILTIN = ModelConfig(checkpoint="builtin:tiny").folder
 PROMPTS = [[7, 3, 250, 11, 11, 90, 8], [1], [200, 201, 202] * 8]
 
 
@@ -90,6 +98,40 @@ async def test_a_draft_network_with_other_tokens_is_refused(worded_checkpoint: P
     with pytest.raises(CheckpointError, match="a draft network needs the same"):
         async with serve(MetaReferenceConfig.model_validate(asked)):
             pass
+
+
+async def test_a_draft_network_that_knows_fewer_tokens_is_refused(small_checkpoint: Path, tmp_path: Path) -> None:
+    """A prompt with one of the others would break the step of everyone."""
+    folder = tmp_path / "few"
+    shutil.copytree(small_checkpoint, folder)
+    shutil.copy(BUILTIN / "tokenizer.json", folder)
+    asked = {"models": {"m": config(process="shared", draft={"checkpoint": str(folder)})}}
+    with pytest.raises(CheckpointError, match="knows 256 tokens of the"):
+        async with serve(MetaReferenceConfig.model_validate(asked)):
+            pass
+
+
+def test_a_process_that_is_started_anew_keeps_its_draft_network_as_it_was(tmp_path: Path) -> None:
+    """The type that was settled is the model's own: a rounded draft network beside it would grow, and might not fit."""
+    quantize(BUILTIN, tmp_path / "rounded", "int4")
+    asked = config(
+        checkpoint="builtin:tiny", dtype="auto", kernels="plain", draft={"checkpoint": str(tmp_path / "rounded")}
+    )
+    with closing(Workers("m", ModelConfig.model_validate(asked))) as workers:
+        before = workers.open()
+        workers.load(before.vocabulary)
+        os.kill(workers._workers[0].process.pid, signal.SIGKILL)
+        planned = list[int]()
+        start = workers._start
+
+        def noted(*arguments: Any, **settled: Any) -> ModelFacts:
+            facts = start(*arguments, **settled)
+            planned.append(facts.weight_bytes)
+            return facts
+
+        workers._start = noted  # type: ignore[method-assign]
+        workers.reset()
+        assert planned == [before.weight_bytes]
 
 
 def test_the_context_is_no_longer_than_the_draft_networks(worded_checkpoint: Path) -> None:

@@ -119,7 +119,8 @@ def test_a_sequence_that_is_no_number_stays_alone() -> None:
 
 
 def test_room_that_could_not_be_had_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine goes on after a step that had no memory; the next one must not write beyond the old room."""
+    """The engine goes on after a step that had no memory; the next one, were it small enough for the old room, must
+    write neither beyond it nor where it was."""
     model = network(SMALL)
     runner, asked = native(model), list[int]()
     tokens = tokens_of(SMALL, 40, 0)
@@ -131,10 +132,10 @@ def test_room_that_could_not_be_had_is_asked_for_again(monkeypatch: pytest.Monke
 
     with monkeypatch.context() as patched:
         patched.setattr(native_runner, "Scratch", no_memory)
-        for _ in range(2):
+        for count in (40, 40, 1):
             with pytest.raises(MemoryError):
-                runner.run(Batch(tokens, [0], [40], [[0, 1, 2]], [39]))
-    assert asked == [40, 40]
+                runner.run(Batch(tokens[:count], [0], [count], [[0, 1, 2]], [count - 1]))
+    assert asked == [40, 40, 1]
     expected = model(torch.tensor([tokens]))[0, [39]]
     torch.testing.assert_close(runner.run(Batch(tokens, [0], [40], [[0, 1, 2]], [39])), expected, atol=1e-4, rtol=0)
 

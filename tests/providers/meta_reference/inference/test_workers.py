@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import random
 import shutil
@@ -14,6 +15,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from llama_stack_meta_reference.config import MetaReferenceConfig, ModelConfig
@@ -190,6 +192,52 @@ async def test_a_process_that_cannot_come_back_is_tried_until_it_can(
         shutil.move(away, worded_checkpoint)
         await until_restarted(engine, 1)
         assert len(await tokens(engine.submit([Generation(PROMPT, SamplingParams(), 3)])[0])) == 3
+
+
+def test_ranks_that_could_not_all_be_started_are_started_anew(
+    worded_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of them are nothing that could be reset; and of those that were started none stays."""
+    started = list[subprocess.Popen[bytes]]()
+    real = subprocess.Popen
+
+    def scarce(*arguments: Any, **settings: Any) -> subprocess.Popen[bytes]:
+        if started:
+            raise OSError(errno.EMFILE, "Too many open files")
+        started.append(real(*arguments, **settings))
+        return started[0]
+
+    workers = Workers("m", config(worded_checkpoint, tensor_parallel=2))
+    try:
+        workers.open()
+        workers.load(WORDED.vocab_size)
+        os.kill(pid(workers), signal.SIGKILL)
+        with monkeypatch.context() as short:
+            short.setattr(subprocess, "Popen", scarce)
+            with pytest.raises(ExecutorLostError, match="Too many open files"):
+                workers.reset()
+        assert not is_alive(started[0].pid)
+        workers.reset()
+        assert workers.restarts == 1
+        assert len(workers.execute(Batch(PROMPT, [0], [6], [[0]], [5]), [Choice()])) == 1
+    finally:
+        workers.close()
+
+
+async def test_a_process_that_hangs_while_it_reads_an_adapter_is_ended_after_its_time(
+    worded_checkpoint: Path, tmp_path: Path
+) -> None:
+    """No step is run meanwhile: whoever waits would wait for ever. And whoever came meanwhile is served."""
+    async with serving(worded_checkpoint, step_timeout_seconds=0.5) as (_, engine, workers):
+        os.kill(pid(workers), signal.SIGSTOP)
+        async with asyncio.timeout(60):
+            adding = asyncio.create_task(engine.add_adapter(str(tmp_path)))
+            await asyncio.sleep(0)
+            (ticket,) = engine.submit([Generation(PROMPT, SamplingParams(), 3)])
+            with pytest.raises(EngineRestartedError):
+                await adding
+            assert len(await tokens(ticket)) == 3
+        await until_restarted(engine, 1)
 
 
 def test_what_a_process_refuses_is_refused_as_here(small_checkpoint: Path, tmp_path: Path) -> None:

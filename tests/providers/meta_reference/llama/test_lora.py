@@ -72,6 +72,9 @@ def test_the_scale_of_rank_stabilised_adapters_is_another(folder: Path, network:
         ({"r": 4}, "floats of"),
         ({"lora_alpha": "16"}, "lora_alpha must be a number"),
         ({"lora_alpha": 1e999}, "lora_alpha must be a number"),
+        ({"lora_alpha": 10**400}, "lora_alpha must be a number"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights 'pissa_niter_4' is not supported"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights"),
         ({"use_rslora": "yes"}, "use_rslora must be true or false"),
     ],
 )
