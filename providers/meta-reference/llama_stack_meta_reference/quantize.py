@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import click
+from safetensors import SafetensorError
 
 from llama_stack.errors import CheckpointError, SetupError, StackError
 
@@ -22,7 +23,7 @@ def quantize(source: Path, target: Path, kind: str) -> None:
 
     It is written beside its place and gets its name when it is whole. Takes the memory of the rounded model and of one
     weight. Raises ``CheckpointError`` for a bad folder and for one that is rounded already, ``SetupError`` for
-    a target that cannot be made.
+    a target that cannot be made or written.
     """
     checkpoint = open_checkpoint(source)
     if checkpoint.rounding is not None:
@@ -41,8 +42,10 @@ def quantize(source: Path, target: Path, kind: str) -> None:
         save_hugging_face(model, aside, eos_ids=checkpoint.eos_ids)
         open_checkpoint(aside)
         aside.rename(target)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
+        if isinstance(error, OSError | SafetensorError):
+            raise SetupError(f"{target} cannot be written: {error}") from None
         raise
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -52,6 +53,19 @@ def test_a_rounded_folder_is_what_rounding_at_the_start_gives(
         assert torch.equal(kept.view(torch.uint8), expected[name].view(torch.uint8)), name
     sizes = [(folder / "model.safetensors").stat().st_size for folder in (target, worded_checkpoint)]
     assert sizes[0] < 0.65 * sizes[1]
+
+
+def test_a_disk_that_is_full_is_one_line_and_leaves_nothing(worded_checkpoint: Path, tmp_path: Path) -> None:
+    """An operator sees the cause, not a traceback. A limit on the size of files stands for the disk's end."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(SetupError, match="rounded cannot be written: .*too large"):
+            quantize(worded_checkpoint, tmp_path / "rounded", "int8")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "rounded" not in files(tmp_path)
+    assert "rounded.part" not in files(tmp_path)
 
 
 @pytest.mark.parametrize("kind", KINDS)
