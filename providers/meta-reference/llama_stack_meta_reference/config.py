@@ -92,6 +92,8 @@ class ModelConfig(Config):
     adapters: dict[Id, FolderName] = Field(default_factory=dict)
     """LoRA adapters on this model, each a folder as peft writes it, by the name that requests use."""
 
+    max_adapters: int = Field(default=64, ge=1, le=4096)
+    """How many of them there may be at a time, with those that are added by request; each takes memory."""
     draft: DraftConfig | None = None
     """A small network that guesses ahead, where answers are greedy; they stay the same."""
 
@@ -99,6 +101,14 @@ class ModelConfig(Config):
     @classmethod
     def _check_builtin(cls, value: str) -> str:
         return _checked(value)
+
+    @field_validator("max_adapters")
+    @classmethod
+    def _check_adapters(cls, most: int, info: ValidationInfo) -> int:
+        named = len(info.data.get("adapters", ()))
+        if named > most:
+            raise ValueError(f"{named} adapters are named; set at least {named}")
+        return most
 
     @field_validator("draft")
     @classmethod

@@ -40,6 +40,10 @@ def test_a_model_needs_no_more_than_its_checkpoint() -> None:
         ),
         ({"models": {"m": {"checkpoint": "x", "quantize": True}}}, "Extra inputs are not permitted"),
         ({"models": {"": {"checkpoint": "x"}}}, "at least 1 character"),
+        (
+            {"models": {"m": {"checkpoint": "x", "adapters": {"a": "x", "b": "x"}, "max_adapters": 1}}},
+            "2 adapters are named; set at least 2",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_with_the_reason(config: dict[str, Any], said: str) -> None:

@@ -30,6 +30,7 @@ from llama_stack.apis.models import ModelKind, ServedModel
 from llama_stack.errors import (
     AlreadyExistsError,
     CheckpointError,
+    ConflictError,
     ForbiddenError,
     InvalidRequestError,
     ModelNotFoundError,
@@ -108,8 +109,8 @@ class MetaReferenceInference(Inference):
     async def serve_adapter(self, name: str, base: str, folder: Path) -> ServedModel:
         """Serve the adapter in a folder under a name from now on; the same again is a success.
 
-        The folder's path is absolute. Raises ``AlreadyExistsError`` where the name is taken, ``ModelNotFoundError`` for
-        the base and ``CheckpointError`` for the folder.
+        The folder's path is absolute. Raises ``AlreadyExistsError`` where the name is taken, ``ConflictError`` where
+        the base has as many as it may, ``ModelNotFoundError`` for the base and ``CheckpointError`` for the folder.
         """
         if base not in self._models:
             raise ModelNotFoundError(base, self._models)
@@ -117,6 +118,11 @@ class MetaReferenceInference(Inference):
             known = self._served.get(name)
             if known is None and name not in self._aliases:
                 model = self._models[base]
+                there = sum(served.model is model and served.adapter > 0 for served in self._served.values())
+                if there >= model.max_adapters:
+                    raise ConflictError(
+                        f"model {base!r} has {model.max_adapters} adapters, its max_adapters; remove one"
+                    )
                 known = _Served(model, await model.engine.add_adapter(str(folder)), folder)
                 self._served[name] = known
             elif known is None or (known.model.name, known.folder) != (base, folder):

@@ -32,6 +32,7 @@ class LoadedModel:
     tokenizer: Tokenizer
     chat: ChatFormat
     engine: Engine
+    max_adapters: int
 
 
 def load(name: str, config: ModelConfig, workers: Workers | None) -> LoadedModel:
@@ -74,4 +75,4 @@ def load(name: str, config: ModelConfig, workers: Workers | None) -> LoadedModel
         name=name,
     )
     logger.info("model %r: served after %.2f s", name, monotonic() - began)
-    return LoadedModel(name, facts, tokenizer, chat, engine)
+    return LoadedModel(name, facts, tokenizer, chat, engine, config.max_adapters)

@@ -8,7 +8,7 @@ import shutil
 import signal
 import threading
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from llama_stack.apis.inference import (
 from llama_stack.errors import (
     AlreadyExistsError,
     CheckpointError,
+    ConflictError,
     EngineRestartedError,
     ForbiddenError,
     InvalidRequestError,
@@ -332,6 +333,17 @@ async def test_what_cannot_be_added_is_refused_and_changes_nothing(
         assert await provider.models() == before
         assert await text(provider, "m")
         assert engine.trouble is None
+
+
+async def test_a_base_takes_only_so_many_adapters(folders: Path) -> None:
+    """Each stays in memory, and comes back with a process that ran out of it."""
+    adapters = {"named": str(folders / "few")}
+    async with serving(folders, root=folders, adapters=adapters, max_adapters=2, process="shared") as (provider, _):
+        for name, kind in (("a", None), ("b", ConflictError), ("b", ConflictError)):
+            with pytest.raises(kind) if kind else nullcontext():
+                await provider.add_adapter(AddAdapterRequest(model="m", adapter=name, folder="every"))
+        await provider.remove_adapter(RemoveAdapterRequest(model="a"))
+        await provider.add_adapter(AddAdapterRequest(model="m", adapter="b", folder="every"))
 
 
 async def test_without_a_folder_set_aside_no_request_adds_or_removes_any(folders: Path) -> None:

@@ -95,7 +95,7 @@ async def serving(
         weight_bytes=4 * config.parameter_count,
         cache_bytes=16 * engine.blocks * 4 * 2 * 2,
     )
-    loaded = LoadedModel("m", facts, tokenizer, ChatFormat(tokenizer), engine)
+    loaded = LoadedModel("m", facts, tokenizer, ChatFormat(tokenizer), engine, max_adapters=1)
     encoder = encoder or PromptEncoder()
     engine.start()
     try:
