@@ -68,9 +68,13 @@ class _Pace:
 
 
 class PromptLookup:
-    """Looks the last ``NGRAM`` tokens up in all that the sequence holds so far, and proposes what followed."""
+    """Looks the last ``NGRAM`` tokens up in all that the sequence holds so far, and proposes what followed.
 
-    def __init__(self) -> None:
+    Never more than ``most`` tokens.
+    """
+
+    def __init__(self, most: int = 64) -> None:
+        self._most = most
         self._followers: dict[tuple[int, ...], int] = {}  # n-gram to the place after its latest occurrence
         self._indexed = NGRAM
         self._pace = _Pace()
@@ -84,7 +88,7 @@ class PromptLookup:
         if place is None:
             return []
         period = len(tokens) - place
-        return [tokens[place + step % period] for step in range(min(self._pace.size, max_tokens))]
+        return [tokens[place + step % period] for step in range(min(self._pace.size, self._most, max_tokens))]
 
     def learn(self, proposed: int, accepted: int) -> None:
         """See ``Drafter``."""

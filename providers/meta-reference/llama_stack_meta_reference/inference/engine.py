@@ -307,7 +307,7 @@ class Engine:
         )
 
     def _drafter(self) -> Drafter | None:
-        lookup = PromptLookup() if self._lookup_tokens else None
+        lookup = PromptLookup(self._lookup_tokens) if self._lookup_tokens else None
         return NetworkGuesses(self._draft_tokens, lookup) if self._draft_tokens else lookup
 
     def _cancel(self, sequence: Sequence) -> None:

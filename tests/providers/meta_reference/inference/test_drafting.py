@@ -77,6 +77,7 @@ def test_guesses_grow_while_they_are_right_and_pause_while_they_are_wrong() -> N
     assert sizes == [4, 8, 16, 16]
     right.learn(16, 5)
     assert len(right.propose(text, 16)) == 6
+    assert len(PromptLookup(2).propose(text, 16)) == 2, "beside a draft network that may guess more"
 
     wrong, guesses = PromptLookup(), 0
     for _ in range(1000):
