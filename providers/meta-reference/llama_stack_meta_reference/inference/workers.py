@@ -92,6 +92,7 @@ class Workers:
         self._vocabulary = 0
         self._adapters: dict[int, str] = {}
         self._lost_adapters: set[int] = set()
+        self._suspect = 0  # the adapter that was being read when a start failed
         self._workers: list[_Worker] = []
         self._poll = select.poll()
         self._rendezvous: tempfile.TemporaryDirectory[str] | None = None
@@ -187,14 +188,24 @@ class Workers:
             cache_tokens = facts.blocks * facts.block_tokens
             self._start(facts.dtype, context_tokens=facts.context, cache_tokens=cache_tokens)
             self._ask(Kind.LOAD, _json({"vocabulary": self._vocabulary}))
-            for adapter, folder in self._adapters.items():
-                try:
-                    self._add_adapter(adapter, folder)
-                    self._lost_adapters.discard(adapter)
-                except StackError as error:  # the others are not to suffer for it
-                    logger.error("an adapter of model %r is lost: %s", self._name, error)
-                    self._lost_adapters.add(adapter)
+            self._add_adapters_again()
             self.restarts += 1
+
+    def _add_adapters_again(self) -> None:
+        """Add all adapters to new processes; those that fail are lost, and the others are not to suffer for them."""
+        passed_over, self._suspect = self._suspect, 0
+        for adapter, folder in self._adapters.items():
+            self._lost_adapters.add(adapter)
+            if adapter == passed_over:
+                logger.error("an adapter of model %r is lost: its process ended while it was read", self._name)
+                continue
+            self._suspect = adapter
+            try:
+                self._add_adapter(adapter, folder)
+                self._lost_adapters.discard(adapter)
+            except StackError as error:
+                logger.error("an adapter of model %r is lost: %s", self._name, error)
+            self._suspect = 0
 
     def interrupt(self) -> None:
         """See ``Executor``."""

@@ -178,6 +178,34 @@ def test_two_ranks_run_adapters_as_one_process_does(folders: Path, expected: lis
             assert picked.logprob == pytest.approx(float(logprob_V.max()), abs=1e-4)
 
 
+def test_an_adapter_that_ends_its_process_does_not_keep_the_model_down(
+    folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next start passes it over: its requests fail, those of others are answered."""
+    asked = {"checkpoint": str(folders / "base"), "device": "cpu", "max_sequences": 4}
+    config = MetaReferenceConfig.model_validate({"models": {"m": asked}}).models["m"]
+    batch = Batch([5, 5, 5], [0, 0, 0], [1, 1, 1], [[0], [1], [2]], [0, 1, 2], [0, 1, 2])
+    with closing(Workers("m", config)) as workers:
+        workers.open()
+        workers.load(VOCABULARY)
+        for number, name in ((1, "every"), (2, "few")):
+            workers.add_adapter(number, str(folders / name))
+        expected = workers.execute(batch, [Choice()] * 3)
+        os.kill(workers._workers[0].process.pid, signal.SIGKILL)
+        add = workers._add_adapter
+
+        def deadly(adapter: int, folder: str) -> None:
+            if adapter == 1:
+                os.kill(workers._workers[0].process.pid, signal.SIGKILL)
+            add(adapter, folder)
+
+        monkeypatch.setattr(workers, "_add_adapter", deadly)
+        with pytest.raises(ExecutorLostError):
+            workers.reset()
+        workers.reset()
+        assert workers.execute(batch, [Choice()] * 3) == [expected[0], None, expected[2]]
+
+
 @asynccontextmanager
 async def serving(
     folders: Path, *, root: Path | None = None, **settings: Any
