@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 from .apis.contract import Api, Operation, Shape, contract_of, operations
 from .apis.models import Models, ServedModel
-from .errors import ModelNotFoundError, NotFoundError, StackError
+from .errors import AlreadyExistsError, ModelNotFoundError, NotFoundError, StackError
 
 A = TypeVar("A", bound=Api)
 
@@ -106,6 +106,9 @@ def _dispatch(operation: Operation) -> Callable[..., Any]:
         if resource is None:
             return await getattr(backends[0].running(), operation.name)(*args, **kwargs)
         owner = await _owner(operation, resource, backends)
+        new_name = operation.new_name_of(arguments)
+        if new_name is not None:
+            await _refuse_taken(operation, new_name, owner, backends)
         return await getattr(owner, operation.name)(*args, **kwargs)
 
     return forward
@@ -131,6 +134,15 @@ async def _owner(operation: Operation, resource: str, backends: Sequence[Backend
         raise ModelNotFoundError(resource, [model.model for model in served])
     word = (operation.resource or "").split(".")[-1]
     raise NotFoundError(f"{word} {resource!r} does not exist here", param=word)
+
+
+async def _refuse_taken(operation: Operation, name: str, owner: Api, backends: Sequence[Backend]) -> None:
+    """Raise ``AlreadyExistsError`` where another provider than ``owner`` has something of that name."""
+    for backend in backends:
+        provider = backend.running()
+        if provider is not owner and await provider.owns(name):
+            word = (operation.resource or "").split(".")[-1]
+            raise AlreadyExistsError(word, name, param=operation.names or word)
 
 
 async def _chained(lists: Iterable[AsyncIterator[Any]]) -> AsyncIterator[Any]:

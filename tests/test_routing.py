@@ -9,7 +9,13 @@ import pytest
 from llama_stack.apis import Api, Models, ServedModel, get, post
 from llama_stack.apis.common import Id, Schema
 from llama_stack.apis.models import ModelKind
-from llama_stack.errors import ModelNotFoundError, NotFoundError, ProviderUnavailableError, UpstreamError
+from llama_stack.errors import (
+    AlreadyExistsError,
+    ModelNotFoundError,
+    NotFoundError,
+    ProviderUnavailableError,
+    UpstreamError,
+)
 from llama_stack.routing import ModelCatalog, route
 
 
@@ -39,6 +45,11 @@ class Choir(Api, name="choir", routed_by="voice"):
         """Creates what it names."""
         raise NotImplementedError
 
+    @post("/choir/double", names="double")
+    async def double(self, voice: Id, double: Id) -> str:
+        """Brings another of the kind, beside the one that it names."""
+        raise NotImplementedError
+
     @get("/choir/all")
     async def all(self) -> AsyncIterator[str]:
         """Lists."""
@@ -65,6 +76,10 @@ class Singers(Choir):
     async def join(self, voice: Id) -> str:
         self.voices.append(voice)
         return self.voices[0]
+
+    async def double(self, voice: Id, double: Id) -> str:
+        self.voices.append(double)
+        return f"{double} beside {self.voices[0]}"
 
     async def all(self) -> AsyncIterator[str]:
         async def each() -> AsyncIterator[str]:
@@ -119,6 +134,17 @@ async def test_a_new_resource_goes_to_the_first_provider_and_an_old_one_to_its_o
     assert await choir.join("soprano") == "alto"
     assert await choir.join("tenor") == "tenor"
     assert await choir.sing(Order(voice="soprano")) == "soprano of 3"
+
+
+@pytest.mark.anyio
+async def test_a_new_name_is_refused_where_another_provider_has_it(choir: Choir) -> None:
+    """Two of one name would hide each other; whether its own provider takes the name again is that one's to say."""
+    with pytest.raises(AlreadyExistsError, match="voice 'alto' exists") as refused:
+        await choir.double("tenor", "alto")
+    assert refused.value.param == "double"
+    assert await choir.names() == ["alto", "bass", "tenor"]
+    assert await choir.double(voice="tenor", double="tenor") == "tenor beside tenor"
+    assert await choir.double(voice="tenor", double="descant") == "descant beside tenor"
 
 
 @pytest.mark.anyio

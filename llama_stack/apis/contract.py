@@ -107,6 +107,8 @@ class Operation:
     """Whether the operation brings the resource that it names into being."""
     resource: str | None
     """The query parameter, or the dotted path of a body field, that names the resource; requests are routed by it."""
+    names: str | None
+    """The query parameter, or the dotted path of a body field, with a new name for what the operation brings."""
     doc: str = field(compare=False)
 
     @property
@@ -131,13 +133,20 @@ class Operation:
 
     def resource_of(self, arguments: Mapping[str, Any]) -> str | None:
         """The id of the resource that a call with these arguments names, or ``None`` where it names none."""
-        if self.resource is None:
+        return self._text_at(self.resource, arguments)
+
+    def new_name_of(self, arguments: Mapping[str, Any]) -> str | None:
+        """The name that a call with these arguments gives, or ``None`` where it gives none."""
+        return self._text_at(self.names, arguments)
+
+    def _text_at(self, place: str | None, arguments: Mapping[str, Any]) -> str | None:
+        if place is None:
             return None
-        if self.resource in self.query:
-            value = arguments.get(self.resource)
+        if place in self.query:
+            value = arguments.get(place)
         else:
             value = arguments.get(self.body.name) if self.body else None
-            for part in self.resource.split("."):
+            for part in place.split("."):
                 value = getattr(value, part, None)
         return value if isinstance(value, str) else None
 
@@ -209,23 +218,33 @@ class _Mark:
     extension: bool
     resource: str | None
     creates: bool
+    names: str | None
 
 
 def get(path: str, *, extension: bool = False, resource: str | None = None) -> Callable[[_H], _H]:
     """Make a method of a contract the operation ``GET path``."""
-    return _operation(_Mark("GET", path, extension, resource, False))
+    return _operation(_Mark("GET", path, extension, resource, False, None))
 
 
 def post(
-    path: str, *, extension: bool = False, resource: str | None = None, creates: bool = False
+    path: str,
+    *,
+    extension: bool = False,
+    resource: str | None = None,
+    creates: bool = False,
+    names: str | None = None,
 ) -> Callable[[_H], _H]:
-    """Make a method of a contract the operation ``POST path``."""
-    return _operation(_Mark("POST", path, extension, resource, creates))
+    """Make a method of a contract the operation ``POST path``.
+
+    ``creates`` says that the resource which it names may be new. An operation that brings another of the kind, of the
+    provider that holds its resource, says with ``names`` which parameter or field has the new name.
+    """
+    return _operation(_Mark("POST", path, extension, resource, creates, names))
 
 
 def delete(path: str, *, extension: bool = False, resource: str | None = None) -> Callable[[_H], _H]:
     """Make a method of a contract the operation ``DELETE path``."""
-    return _operation(_Mark("DELETE", path, extension, resource, False))
+    return _operation(_Mark("DELETE", path, extension, resource, False, None))
 
 
 def contract_of(cls: type[Api]) -> type[Api]:
@@ -308,6 +327,7 @@ def _read(api: type[Api], name: str, method: Any) -> Operation:
         mark.extension,
         mark.creates,
         resource,
+        mark.names,
         doc,
     )
 

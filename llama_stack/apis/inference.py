@@ -178,7 +178,7 @@ class Inference(Api, name="inference", routed_by="model"):
     async def embeddings(self, request: EmbeddingsRequest) -> EmbeddingsResponse:
         """Turn texts into vectors of one length."""
 
-    @post("/inference/adapters/add", extension=True)
+    @post("/inference/adapters/add", extension=True, names="adapter")
     async def add_adapter(self, request: AddAdapterRequest) -> ServedModel:
         """Serve an adapter from now on, until the server stops; the base and its other adapters answer meanwhile.
 

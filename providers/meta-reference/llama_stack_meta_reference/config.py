@@ -126,6 +126,13 @@ class ModelConfig(Config):
             raise ValueError(f"{ranks} ranks take as many GPUs, from the first on; set device: cuda")
         return ranks
 
+    @field_validator("cuda_graphs")
+    @classmethod
+    def _check_graphs(cls, graphs: bool | str, info: ValidationInfo) -> bool | str:
+        if graphs == "compiled" and info.data.get("tensor_parallel", 1) > 1:
+            raise ValueError("the steps of a network that is split are not compiled; set true, or tensor_parallel: 1")
+        return graphs
+
     @field_validator("cache_tokens")
     @classmethod
     def _check_cache(cls, cache_tokens: int | None, info: ValidationInfo) -> int | None:

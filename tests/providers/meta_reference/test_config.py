@@ -38,6 +38,10 @@ def test_a_model_needs_no_more_than_its_checkpoint() -> None:
             {"models": {"m": {"checkpoint": "x", "context_tokens": 100, "cache_tokens": 99}}},
             "a cache of 99 tokens does not hold one context of 100; set at least 100",
         ),
+        (
+            {"models": {"m": {"checkpoint": "x", "tensor_parallel": 2, "cuda_graphs": "compiled"}}},
+            "that is split are not compiled; set true, or tensor_parallel: 1",
+        ),
         ({"models": {"m": {"checkpoint": "x", "quantize": True}}}, "Extra inputs are not permitted"),
         ({"models": {"": {"checkpoint": "x"}}}, "at least 1 character"),
         (

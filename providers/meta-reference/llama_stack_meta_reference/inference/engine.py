@@ -434,9 +434,13 @@ class Engine:
                 assert token is not None
                 self._post(sequence, token)
             if end is not None:
-                self._end(sequence, self._last_word(end))
+                self._end(sequence, self._last_word(end, sequence.adapter))
 
-    def _last_word(self, end: End) -> StopReason | StackError:
+    def _last_word(self, end: End, adapter: int) -> StopReason | StackError:
+        if end is End.NOT_FINITE and adapter in self._executor.lost_adapters:
+            return EngineRestartedError(
+                f"the adapter was lost when the engine of {self.name!r} was restarted; the log says why"
+            )
         if end is End.NOT_FINITE:
             logger.error("the network of %r gave logits that are not finite", self.name)
             return EngineRestartedError(f"the network of {self.name!r} gave no finite logits")

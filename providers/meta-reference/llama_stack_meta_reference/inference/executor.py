@@ -7,7 +7,7 @@ in this process, ``workers`` in processes of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -62,6 +62,11 @@ class Executor(Protocol):
         """How often it was lost and came up again."""
         ...
 
+    @property
+    def lost_adapters(self) -> Collection[int]:
+        """The adapters that a reset could not read again: what runs through one gets None for its tokens."""
+        ...
+
     def execute(self, batch: Batch, choices: Sequence[Choice]) -> list[SampledToken | None]:
         """Store the new tokens' keys and values, and pick a token after each place of ``batch.sampled``.
 
@@ -79,8 +84,7 @@ class Executor(Protocol):
     def add_adapter(self, adapter: int, folder: str) -> None:
         """Read the LoRA adapter in a folder; ``Batch.adapters`` calls it by this number, which is above 0 and new.
 
-        Raises ``CheckpointError`` for a bad folder. A reset keeps it; where that fails to read it again, what runs
-        through it gets None for its tokens.
+        Raises ``CheckpointError`` for a bad folder. A reset keeps it, or makes it one of ``lost_adapters``.
         """
         ...
 

@@ -23,6 +23,7 @@ class LocalExecutor:
     """
 
     restarts = 0
+    lost_adapters: frozenset[int] = frozenset()
 
     def __init__(self, runner: Runner, vocabulary: int, draft: DraftNetwork | None = None) -> None:
         self.block_tokens = runner.block_tokens

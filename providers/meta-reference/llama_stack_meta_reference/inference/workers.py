@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -113,6 +113,11 @@ class Workers:
     def block_tokens(self) -> int:
         """See ``Executor``."""
         return self.facts.block_tokens
+
+    @property
+    def lost_adapters(self) -> Collection[int]:
+        """See ``Executor``."""
+        return self._lost_adapters
 
     def open(self) -> ModelFacts:
         """Start the processes and let them plan; a small cache of one rank is the cache of all.

@@ -339,7 +339,7 @@ def inside(folder: Path, name: str) -> Path:
     home = folder.resolve()
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
     if not real.is_relative_to(home) and (blobs is None or real.parent != blobs):
-        raise CheckpointError(f"{path}: a link that leaves the folder, to {real}")
+        raise CheckpointError(f"{path}: a link that leaves the folder")
     if not is_regular:
         raise CheckpointError(f"{path}: not a regular file")
     return path

@@ -400,9 +400,10 @@ async def test_adapters_come_back_with_their_process_and_a_lost_one_fails_alone(
             while engine.restarts == 0:
                 await asyncio.sleep(0.01)
         assert [await text(provider, name) for name in ("m", "kept")] == answers[:2]
-        with pytest.raises(EngineRestartedError):
+        with pytest.raises(EngineRestartedError, match="the adapter was lost"):
             await text(provider, "lost")
         assert "an adapter of model 'm' is lost" in caplog.text
+        assert "not finite" not in caplog.text
         await provider.remove_adapter(RemoveAdapterRequest(model="lost"))
         with pytest.raises(ModelNotFoundError):
             await text(provider, "lost")

@@ -237,7 +237,7 @@ def add_second_file_with_a_double(folder: Path) -> None:
             lambda folder: change_json(folder / "generation_config.json", eos_token_id="x"),
             r"eos_token_id must be a token",
         ),
-        (link_weights_outside, r"model\.safetensors: a link that leaves the folder, to .*elsewhere"),
+        (link_weights_outside, r"model\.safetensors: a link that leaves the folder$"),
         (make_weights_a_pipe, r"model\.safetensors: not a regular file"),
         (make_weights_a_folder, r"model\.safetensors: not a regular file"),
         (make_link_loop, r"no config\.json|cannot be read"),
