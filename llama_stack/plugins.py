@@ -7,7 +7,8 @@ A plugin is a module that an installed package names in the entry-point group ``
 
 Name each entry for what it brings: a distribution that says ``provider: keyword`` then imports this module and no
 other. A plugin that brings several things lists the same module under each of their names. What no entry is named for
-is still found, by importing the plugins that are left.
+is still found, by importing the plugins that are left. A plugin of one file needs no package: it lies in a folder that
+the distribution names (``plugins_dir``), and its file's name takes the place of the entry's.
 
 The module implements the hooks below with ``hookimpl``. Hooks are synchronous and cheap, and are called before anything
 is started: they return declarations, and whatever is heavy waits until a distribution names it.
@@ -27,7 +28,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from hashlib import sha256
 from importlib.metadata import EntryPoint, entry_points
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -58,6 +62,7 @@ __all__ = [  # what plugins and the registry import from here; a ``Tool`` is wha
     "discover",
     "hookimpl",
     "hookspec",
+    "in_folder",
     "load",
 ]
 
@@ -286,6 +291,8 @@ class Plugin:
     entry: EntryPoint | None = field(default=None, repr=False)
     loaded: object = field(default=None, repr=False)
     """The module or object itself, where it was handed over in process."""
+    file: Path | None = None
+    """The file that is the whole plugin, where it lies in a folder of plugins."""
 
     @property
     def name(self) -> str:
@@ -322,13 +329,26 @@ def discover(extra: Sequence[object] = ()) -> list[Plugin]:
     ]
 
 
+def in_folder(folder: Path) -> list[Plugin]:
+    """The plugins of one file in a folder: ``NAME.py``, unless the name begins with ``_``. Nothing is imported.
+
+    Raises ``OSError`` for a folder that cannot be read.
+    """
+    files = sorted(path for path in folder.iterdir() if path.suffix == ".py" and path.stem.isidentifier())
+    return [
+        Plugin(tuple(dict.fromkeys((file.stem.replace("_", "-"), file.stem))), str(file), file.stem, file=file)
+        for file in files
+        if not file.stem.startswith("_") and file.is_file()
+    ]
+
+
 def load(plugin: Plugin, apis: Sequence[type[Api]] = APIS) -> tuple[Spec, ...]:
     """Import a plugin and return what it declares, told that these are the contracts there are.
 
     Raises ``PluginLoadError`` for whatever is wrong with it, ``SystemExit`` at import included. Only an interrupt by
     the user passes.
     """
-    module = plugin.loaded if plugin.entry is None else _imported(plugin, plugin.entry)
+    module = plugin.loaded or _imported(plugin)
     _check_version(plugin, module)
     hooks = pluggy.PluginManager(GROUP)
     hooks.add_hookspecs(sys.modules[__name__])
@@ -357,10 +377,12 @@ def load(plugin: Plugin, apis: Sequence[type[Api]] = APIS) -> tuple[Spec, ...]:
     return tuple(declared)
 
 
-def _imported(plugin: Plugin, entry: EntryPoint) -> object:
+def _imported(plugin: Plugin) -> object:
     reinstall = f"reinstall {plugin.package}, or deny it under 'plugins:'"
+    if plugin.file is not None:
+        reinstall = f"mend {plugin.file}, or take it out of its folder"
     try:
-        return entry.load()
+        return plugin.entry.load() if plugin.entry is not None else _imported_file(plugin.file)
     except KeyboardInterrupt:
         raise
     except ModuleNotFoundError as error:
@@ -373,6 +395,23 @@ def _imported(plugin: Plugin, entry: EntryPoint) -> object:
         raise plugin.fault("it ended the process when it was imported", reinstall) from error
     except BaseException as error:
         raise plugin.fault(f"importing it raised {_named(error)}", reinstall) from error
+
+
+def _imported_file(file: Path | None) -> object:
+    assert file is not None, "a plugin is an entry point, an object or a file"
+    path = file.resolve()
+    name = f"llama_stack_plugin_{sha256(str(path).encode()).hexdigest()[:8]}_{path.stem}"
+    if name not in sys.modules:  # a module of its own, whatever else is called so; type hints are read through it
+        spec = spec_from_file_location(name, path)
+        assert spec is not None, "its name ends with .py"
+        assert spec.loader is not None, "it is a file"
+        sys.modules[name] = module = module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
 
 
 def _check_version(plugin: Plugin, module: object) -> None:

@@ -13,6 +13,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
+from pathlib import Path
 from typing import Any, Generic, TypeVar, Union, cast, get_args, get_origin
 
 from . import __version__
@@ -31,6 +32,7 @@ from .plugins import (
     Start,
     ToolSpec,
     discover,
+    in_folder,
     load,
 )
 from .signatures import annotation_of, contract_problems
@@ -104,9 +106,14 @@ class Registry:
         """What more than one of the plugins loaded so far declares."""
         return [_duplicate(found) for found in self._table.values() if len(found) > 1]
 
+    def add_folder(self, folder: Path) -> None:
+        """Know the plugins of one file in a folder too. Raises ``OSError`` for one that cannot be read."""
+        known = {plugin.file for plugin in self.plugins}
+        self.plugins += [plugin for plugin in in_folder(folder) if plugin.file not in known]
+
     def admit(self, is_admitted: Callable[..., bool]) -> None:
         """Narrow the registry to plugins for whose names and package ``is_admitted`` holds; call it before look-ups."""
-        denied = [p for p in self.plugins if p.entry is not None and not is_admitted(*p.names, p.package)]
+        denied = [p for p in self.plugins if p.loaded is None and not is_admitted(*p.names, p.package)]
         self.denied += denied
         self.plugins = [plugin for plugin in self.plugins if plugin not in denied]
 
@@ -170,7 +177,7 @@ class Registry:
     def _find(self, key: _Key, described: str) -> Installed[Any]:
         name = key[-1]
         for plugin in self.plugins:
-            if plugin.entry is None or name in plugin.names:
+            if plugin.loaded is not None or name in plugin.names:
                 self._load(plugin)
         if key not in self._table:
             self.load_all()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from .options import server_url
+from .options import plugins_dir, registry, server_url
 from .output import Row, show, warning
 
 if TYPE_CHECKING:
@@ -22,14 +23,14 @@ def command() -> None:
 
 
 @command.command(name="apis")
+@plugins_dir
 @as_json
-def apis(as_json: bool) -> None:
+def apis(plugins_dir: Path | None, as_json: bool) -> None:
     """List the APIs: the core's, and those of plugins."""
     from ..apis import operations
-    from ..registry import Registry
 
-    registry = Registry()
-    providers = registry.providers()
+    known = registry(plugins_dir)
+    providers = known.providers()
     rows: list[Row] = [
         {
             "api": found.spec.name,
@@ -37,19 +38,18 @@ def apis(as_json: bool) -> None:
             "providers": ", ".join(p.spec.name for p in providers if p.spec.api is found.spec.api),
             "package": found.plugin.label,
         }
-        for found in registry.apis()
+        for found in known.apis()
     ]
     show(rows, ("api", "operations", "providers", "package"), as_json=as_json)
-    _warn([*registry.faults, *registry.duplicates])
+    _warn([*known.faults, *known.duplicates])
 
 
 @command.command(name="providers")
+@plugins_dir
 @as_json
-def providers(as_json: bool) -> None:
+def providers(plugins_dir: Path | None, as_json: bool) -> None:
     """List the providers that a distribution may name."""
-    from ..registry import Registry
-
-    registry = Registry()
+    known = registry(plugins_dir)
     rows = [
         {
             "api": found.spec.api.name,
@@ -57,23 +57,22 @@ def providers(as_json: bool) -> None:
             "package": found.plugin.label,
             "description": found.spec.description,
         }
-        for found in registry.providers()
+        for found in known.providers()
     ]
     show(rows, ("api", "provider", "package", "description"), as_json=as_json)
-    _warn([*registry.faults, *registry.duplicates])
+    _warn([*known.faults, *known.duplicates])
 
 
 @command.command(name="plugins")
+@plugins_dir
 @as_json
-def plugins(as_json: bool) -> None:
+def plugins(plugins_dir: Path | None, as_json: bool) -> None:
     """List the installed plugins, and why one of them cannot be used."""
-    from ..registry import Registry
-
-    registry = Registry()
-    registry.load_all()
+    known = registry(plugins_dir)
+    known.load_all()
     rows = []
-    for plugin in registry.plugins:
-        fault = registry.fault_of(plugin)
+    for plugin in known.plugins:
+        fault = known.fault_of(plugin)
         rows.append(
             {
                 "plugin": ", ".join(plugin.names),
@@ -83,7 +82,7 @@ def plugins(as_json: bool) -> None:
             }
         )
     show(rows, ("plugin", "package", "version", "state"), as_json=as_json)
-    _warn(registry.duplicates)
+    _warn(known.duplicates)
 
 
 @command.command(name="distributions")

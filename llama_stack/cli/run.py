@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from ..errors import StackError
+from .options import plugins_dir, registry
 
 if TYPE_CHECKING:
     from ..stack import Stack
@@ -22,7 +24,8 @@ logger = logging.getLogger("llama_stack.cli")
 @click.argument("distribution", metavar="NAME|FILE")
 @click.option("--host", metavar="HOST", help="Listen on this address in place of the distribution's.")
 @click.option("--port", type=click.IntRange(0, 65_535), help="Listen on this port; 0 takes any free one.")
-def command(distribution: str, host: str | None, port: int | None) -> int:
+@plugins_dir
+def command(distribution: str, host: str | None, port: int | None, plugins_dir: Path | None) -> int:
     """Serve a distribution until told to stop.
 
     Name a YAML file, or one of the distributions that `llama-stack list distributions` shows.
@@ -30,18 +33,17 @@ def command(distribution: str, host: str | None, port: int | None) -> int:
     from pydantic import ValidationError
 
     from ..distribution import ServerConfig, load_distribution
-    from ..registry import Registry
     from ..server import serve
     from ..stack import Stack
 
-    registry = Registry()
-    found = load_distribution(distribution, environ=os.environ, registry=registry)
+    known = registry(plugins_dir)
+    found = load_distribution(distribution, environ=os.environ, registry=known)
     changes = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
     try:
         config = ServerConfig.model_validate(found.server.model_dump() | changes)
     except ValidationError as error:  # the port has been judged with the other options
         raise click.BadParameter("name a host or an address of this machine", param_hint="'--host'") from error
-    stack = Stack(found.model_copy(update={"server": config}), registry)
+    stack = Stack(found.model_copy(update={"server": config}), known)
     announcements: list[asyncio.Task[None]] = []  # held here, for the loop itself holds a task weakly
 
     def announce(address: str) -> None:

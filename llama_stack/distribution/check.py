@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
+from pathlib import Path as FilePath
 
 from ..apis.config import Config
 from ..apis.contract import Api
@@ -49,7 +50,7 @@ def load_distribution(
 
     ``registry`` is narrowed to the plugins that the distribution admits. Raises ``DistributionError`` with every fault.
     """
-    distribution, faults = _checked(path, environ, registry or Registry())
+    distribution, faults, _ = _checked(path, environ, registry or Registry())
     if faults or distribution is None:
         raise DistributionError([str(fault) for fault in faults])
     return distribution
@@ -59,21 +60,49 @@ def check_distribution(
     path: str | os.PathLike[str], *, environ: Mapping[str, str], registry: Registry | None = None
 ) -> list[Fault]:
     """Every fault of a distribution, by file, line and column; empty when it can be started as far as one can tell."""
-    return _checked(path, environ, registry or Registry())[1]
+    distribution, faults, source = _checked(path, environ, registry or Registry())
+    if distribution is not None and distribution.server.is_unguarded:  # not on load: a command line may name another
+        faults = in_order([*faults, _unguarded(source)], source.files)
+    return faults
 
 
 def _checked(
     path: str | os.PathLike[str], environ: Mapping[str, str], registry: Registry
-) -> tuple[Distribution | None, list[Fault]]:
+) -> tuple[Distribution | None, list[Fault], Source]:
     source = read_source(find_distribution(os.fspath(path)), environ)
     if source.root is None:
-        return None, in_order(source.faults, source.files)
+        return None, in_order(source.faults, source.files), source
     faults = list(source.faults)
     distribution = validate(Distribution, source.root, (), source.hidden, faults)
+    _add_folder(source.root, registry, faults)
     if _admits(source, registry):  # nothing is imported while it is not clear what may be
         _Check(source, registry, []).names(source.root)  # all that is named is imported now, and names taken twice show
         _Check(source, registry, faults).names(source.root)
-    return distribution, in_order(faults, source.files)
+    return distribution, in_order(faults, source.files), source
+
+
+def _unguarded(source: Source) -> Fault:
+    server = source.root.entries["server"] if source.root else None
+    host = _text_of(server, "host") if server else None
+    assert host is not None, "the default is no address of other machines"
+    shown = f"${{env.{host.variables[0]}}}" if host.variables else repr(host.value)
+    what = f"{shown} lets other machines in, and nothing here asks who they are"
+    remedy = 'name the hosts that clients will use under server.allowed_hosts (["*"] for any), or set 127.0.0.1'
+    return Fault.at(host.mark, ("server", "host"), what, remedy)
+
+
+def _add_folder(root: nodes.Mapping, registry: Registry, faults: list[Fault]) -> None:
+    """Show the registry the plugins in ``plugins_dir``, which is relative to the file that names it."""
+    node = root.entries.get("plugins_dir")
+    if not isinstance(node, Scalar) or not isinstance(node.value, str) or not node.value:
+        return  # what is wrong with it has been reported with the other keys
+    folder = os.path.join(os.path.dirname(node.mark.file), os.path.expanduser(node.value))
+    try:
+        registry.add_folder(FilePath(folder))
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or str(error)
+        what = f"the folder of plugins cannot be read: {reason.lower()}"
+        faults.append(Fault.at(node.mark, ("plugins_dir",), what, "name a folder, relative to this file"))
 
 
 def _admits(source: Source, registry: Registry) -> bool:

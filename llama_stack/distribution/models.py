@@ -6,6 +6,7 @@ The configuration of a provider, tool, face or middleware is validated by the mo
 from __future__ import annotations
 
 import re
+from ipaddress import ip_address
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, JsonValue, field_validator, model_validator
@@ -152,6 +153,17 @@ class ServerConfig(Config):
     limits: ServerLimits = ServerLimits()
     """What one client may ask."""
 
+    @property
+    def is_unguarded(self) -> bool:
+        """Whether ``host`` is an address that other machines reach, and no name is given under which they may.
+
+        What a host's name stands for is only known when it is looked up, which the start does.
+        """
+        try:
+            return not self.allowed_hosts and not ip_address(self.host.partition("%")[0]).is_loopback
+        except ValueError:
+            return False
+
 
 class Distribution(Config):
     """A distribution: which providers serve which API, and how."""
@@ -172,6 +184,8 @@ class Distribution(Config):
     """Middlewares around every request, the outermost first."""
     plugins: PluginFilter = PluginFilter()
     """Which installed plugins may be imported."""
+    plugins_dir: str | None = Field(default=None, min_length=1, max_length=4096)
+    """A folder of plugins of one file each, relative to this file."""
     storage: StorageConfig = StorageConfig()
     """Where state is kept."""
     server: ServerConfig = ServerConfig()

@@ -72,6 +72,19 @@ def test_what_two_packages_declare_is_listed_with_a_warning_that_names_both(tmp_
         assert ran.err.count("\n") == 1
 
 
+def test_faults_are_printed_as_json_for_programs(run: Run, tmp_path: Path) -> None:
+    """An editor shows them where they stand; the exit code says the same as without."""
+    file = tmp_path / "stack.yaml"
+    file.write_text("version: 1\nname: small\nserver: {host: 0.0.0.0}\n")
+    ran = run("check", "--json", str(file))
+    [fault] = json.loads(ran.out)
+    assert ran.code == 1
+    assert (fault["file"], fault["line"], fault["column"], fault["key_path"]) == (str(file), 3, 16, "server.host")
+    assert "allowed_hosts" in fault["remedy"]
+    file.write_text("version: 1\nname: small\n")
+    assert (run("check", "--json", str(file)).code, run("check", "--json", str(file)).out) == (0, "[]\n")
+
+
 def test_distributions_are_listed_with_their_file(run: Run) -> None:
     """The file is what to copy from."""
     found = {str(row["distribution"]): Path(str(row["file"])) for row in rows(run("list", "distributions", "--json"))}
