@@ -159,10 +159,21 @@ class Stack:
     ``api`` may be called, and its result held, before ``start``: calls are answered 503 until their provider is up.
     """
 
-    def __init__(self, distribution: Distribution, registry: Registry, *, state_folder: Path | None = None) -> None:
-        """``state_folder`` holds the store; by default the distribution's folder under ``LLAMA_STACK_HOME``."""
+    def __init__(
+        self,
+        distribution: Distribution,
+        registry: Registry,
+        *,
+        state_folder: Path | None = None,
+        lock: str | None = None,
+    ) -> None:
+        """``state_folder`` holds the store; by default the distribution's folder under ``LLAMA_STACK_HOME``.
+
+        ``lock`` is the digest of the lock that this start was held to, for ``/version``.
+        """
         self.distribution = distribution
         self.registry = registry
+        self.lock = lock
         self.state_folder = state_folder or home() / distribution.name
         self.store: Store | None = None
         """Open once a provider that needs it is about to start."""

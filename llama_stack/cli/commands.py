@@ -30,7 +30,7 @@ DONE = 0
 REFUSED = 1
 INTERRUPTED = 130
 
-_COMMANDS = ("run", "check", "list", "schema", "chat", "complete", "version")
+_COMMANDS = ("run", "check", "explain", "install", "lock", "list", "schema", "chat", "complete", "version")
 
 
 class Commands(click.Group):

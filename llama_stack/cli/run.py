@@ -32,7 +32,7 @@ def command(distribution: str, host: str | None, port: int | None, plugins_dir: 
     """
     from pydantic import ValidationError
 
-    from ..distribution import ServerConfig, load_distribution
+    from ..distribution import ServerConfig, load_distribution, verified_lock
     from ..server import serve
     from ..stack import Stack
 
@@ -43,7 +43,8 @@ def command(distribution: str, host: str | None, port: int | None, plugins_dir: 
         config = ServerConfig.model_validate(found.server.model_dump() | changes)
     except ValidationError as error:  # the port has been judged with the other options
         raise click.BadParameter("name a host or an address of this machine", param_hint="'--host'") from error
-    stack = Stack(found.model_copy(update={"server": config}), known)
+    lock = verified_lock(distribution, found, known, os.environ)
+    stack = Stack(found.model_copy(update={"server": config}), known, lock=lock)
     announcements: list[asyncio.Task[None]] = []  # held here, for the loop itself holds a task weakly
 
     def announce(address: str) -> None:

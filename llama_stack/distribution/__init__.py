@@ -1,7 +1,8 @@
 """Distributions: the YAML files that name what a stack runs."""
 
-from .check import check_distribution, load_distribution
+from .check import check_distribution, load_distribution, needed_packages
 from .faults import Fault
+from .lock import lock_digest, lock_path, make_lock, verified_lock
 from .models import (
     Distribution,
     FaceEntry,
@@ -12,6 +13,7 @@ from .models import (
     ServerLimits,
     StorageConfig,
 )
+from .packages import Packages
 from .schema import json_schema
 from .source import find_distribution, shipped_distributions
 
@@ -20,6 +22,7 @@ __all__ = [
     "FaceEntry",
     "Fault",
     "MiddlewareEntry",
+    "Packages",
     "PluginFilter",
     "ProviderEntry",
     "ServerConfig",
@@ -29,5 +32,10 @@ __all__ = [
     "find_distribution",
     "json_schema",
     "load_distribution",
+    "lock_digest",
+    "lock_path",
+    "make_lock",
+    "needed_packages",
     "shipped_distributions",
+    "verified_lock",
 ]

@@ -19,9 +19,10 @@ from ..errors import DistributionError, DuplicateProviderError, NotInstalledErro
 from ..plugins import FaceSpec, ProviderSpec, ToolSpec
 from ..registry import Installed, Registry, declaration_problems, needed_apis, needs
 from . import nodes
-from .faults import Fault, Mark, Path, in_order, key_path
+from .faults import Fault, Mark, Path, in_order, key_path, shortened
 from .models import Distribution, PluginFilter
 from .nodes import Node, Scalar, Sequence
+from .packages import Packages, is_installed, packages_of
 from .source import Source, find_distribution, read_source
 from .validation import validate
 
@@ -66,6 +67,20 @@ def check_distribution(
     return faults
 
 
+def needed_packages(
+    path: str | os.PathLike[str], *, environ: Mapping[str, str], registry: Registry | None = None
+) -> Packages:
+    """The packages that a distribution needs, which need not be installed.
+
+    Raises ``DistributionError`` for one that cannot be read, or whose own keys are wrong.
+    """
+    registry = registry or Registry()
+    distribution, faults, _ = _checked(path, environ, registry)
+    if distribution is None:
+        raise DistributionError([str(fault) for fault in faults])
+    return packages_of(distribution, registry)
+
+
 def _checked(
     path: str | os.PathLike[str], environ: Mapping[str, str], registry: Registry
 ) -> tuple[Distribution | None, list[Fault], Source]:
@@ -78,7 +93,17 @@ def _checked(
     if _admits(source, registry):  # nothing is imported while it is not clear what may be
         _Check(source, registry, []).names(source.root)  # all that is named is imported now, and names taken twice show
         _Check(source, registry, faults).names(source.root)
+    _requires(source.root, os.fspath(path), faults)
     return distribution, in_order(faults, source.files), source
+
+
+def _requires(root: nodes.Mapping, path: str, faults: list[Fault]) -> None:
+    """Refuse what ``requires`` names and is not installed; what is no requirement has been reported."""
+    for index, item in enumerate(_items(root.entries.get("requires"))):
+        if isinstance(item, Scalar) and isinstance(item.value, str) and not is_installed(item.value):
+            name = f"${{env.{item.variables[0]}}}" if item.variables else shortened(item.value)
+            remedy = f"run 'llama-stack install {path} --yes', or install it yourself"
+            faults.append(Fault.at(item.mark, ("requires", index), f"the package {name} is not installed", remedy))
 
 
 def _unguarded(source: Source) -> Fault:

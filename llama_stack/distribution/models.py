@@ -22,6 +22,15 @@ Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=63)]
 PluginName = Annotated[str, Field(min_length=1, max_length=255)]
 """The name of an entry point, or of the package that brings it."""
 
+Requirement = Annotated[
+    str,
+    Field(
+        pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?(\[[A-Za-z0-9._, -]+\])?\s*([<>=!~][^;@\s]*)?$",
+        max_length=255,
+    ),
+]
+"""A package and its versions as pip takes them, such as ``llama-stack-keyword>=1.2,<2``: no URL, no option."""
+
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
 _STORAGE_URL = re.compile(r"sqlite|sqlite::memory:|sqlite:///.+|postgresql://.+", re.DOTALL)
@@ -184,6 +193,8 @@ class Distribution(Config):
     """Middlewares around every request, the outermost first."""
     plugins: PluginFilter = PluginFilter()
     """Which installed plugins may be imported."""
+    requires: tuple[Requirement, ...] = ()
+    """Packages that bring what is named here, as pip takes them; ``llama-stack install`` installs what is missing."""
     plugins_dir: str | None = Field(default=None, min_length=1, max_length=4096)
     """A folder of plugins of one file each, relative to this file."""
     storage: StorageConfig = StorageConfig()

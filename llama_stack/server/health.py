@@ -66,6 +66,8 @@ class Health:
         """The version of this package, and of the specification that it implements."""
         about = {"name": "llama-stack", "version": _version(), "specification": DRAFT_VERSION}
         about["distribution"] = self._stack.distribution.name
+        if self._stack.lock is not None:
+            about["lock"] = self._stack.lock
         await exchange.answer(200, JSON, _compact(about))
 
     async def metrics(self, exchange: Exchange) -> None:
