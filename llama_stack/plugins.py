@@ -24,8 +24,8 @@ import inspect
 import operator
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from hashlib import sha256
@@ -38,8 +38,9 @@ import pluggy
 
 from .apis import APIS
 from .apis.config import Config, NoConfig
-from .apis.contract import Api, operations
+from .apis.contract import Api, contract_of, operations
 from .errors import PluginLoadError, nearest
+from .signatures import annotation_of
 from .tools import Tool, ToolSource
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ __all__ = [  # what plugins and the registry import from here; a ``Tool`` is wha
     "hookspec",
     "in_folder",
     "load",
+    "provides",
 ]
 
 GROUP = "llama_stack"
@@ -265,6 +267,35 @@ def llama_stack_middleware() -> Iterable[MiddlewareSpec]:
         def llama_stack_middleware():
             yield MiddlewareSpec(name="audit", wrap=audit, config=AuditConfig)
     """
+
+
+def provides(name: str, provider: type[Api], *, config: type[Config] = NoConfig) -> Callable[[], list[ProviderSpec]]:
+    """The hook of a plugin that is one class: what its ``__init__`` takes are its needs, by their annotations.
+
+    Example, which makes the module that it stands in a plugin::
+
+        llama_stack_providers = provides("keyword", KeywordShield, config=KeywordConfig)
+    """
+
+    async def start(**needed: Any) -> AsyncIterator[Api]:
+        yield provider(**needed)
+
+    make = provider.__init__
+    parameters = [] if make is object.__init__ else list(inspect.signature(make).parameters.values())[1:]
+    # What the stack reads of a start function: the parameters and types of the one that is called in the end.
+    start.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    start.__annotations__ = {p.name: annotation_of(make, p.name) for p in parameters}
+    start.__annotations__["return"] = AsyncIterator[provider]  # type: ignore[valid-type]
+    description = (inspect.getdoc(provider) or "").partition("\n")[0]
+    spec = ProviderSpec(
+        api=contract_of(provider), name=name, start=asynccontextmanager(start), config=config, description=description
+    )
+
+    @hookimpl(specname="llama_stack_providers")
+    def declared() -> list[ProviderSpec]:
+        return [spec]
+
+    return declared
 
 
 Spec = ProviderSpec | ApiSpec | ToolSpec | FaceSpec | CommandSpec | MiddlewareSpec

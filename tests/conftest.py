@@ -12,6 +12,8 @@ import pytest
 
 from tests.postgresql import postgresql_schema_url, postgresql_server, postgresql_url
 
+pytest_plugins = "llama_stack.testing.plugin"
+
 __all__ = ["anyio_backend", "postgresql_schema_url", "postgresql_server", "postgresql_url"]
 
 

@@ -30,7 +30,19 @@ DONE = 0
 REFUSED = 1
 INTERRUPTED = 130
 
-_COMMANDS = ("run", "check", "explain", "install", "lock", "list", "schema", "chat", "complete", "version")
+_COMMANDS = (
+    "run",
+    "check",
+    "explain",
+    "install",
+    "lock",
+    "list",
+    "schema",
+    "chat",
+    "complete",
+    "conformance",
+    "version",
+)
 
 
 class Commands(click.Group):

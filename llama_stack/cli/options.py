@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from ..registry import Registry
 
 
-def _address(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
+def address(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
+    """The address of a server, as it is given on the command line."""
     from ..apis.config import server_url
 
     try:
@@ -44,7 +45,7 @@ server_url = click.option(
     default="http://127.0.0.1:8321",
     show_default=True,
     show_envvar=True,
-    callback=_address,
+    callback=address,
     metavar="URL",
     help="The server to ask.",
 )

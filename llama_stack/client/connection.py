@@ -94,7 +94,7 @@ class Connection:
         the server describes, as its own class; ``UpstreamError`` when the server cannot be reached, breaks off or does
         not keep the contract; ``DeadlineExceededError`` when it takes longer than the timeouts allow.
         """
-        values, query, body = _encode(operation, arguments)
+        values, query, body = encode(operation, arguments)
         wants_stream = operation.wants_stream(values)
         if operation.shape is Shape.LINES or wants_stream:
             items = self._items(operation, _EVENTS if wants_stream else _JSON_LINES, query, body)
@@ -227,7 +227,7 @@ class Connection:
         return self._name == self._base_url
 
 
-def _encode(operation: Operation, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str], bytes | None]:
+def encode(operation: Operation, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str], bytes | None]:
     """The arguments as the contract's types, as a query and as a body."""
     values: dict[str, Any] = {}
     query: dict[str, str] = {}

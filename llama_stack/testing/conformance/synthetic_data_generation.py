@@ -1,0 +1,94 @@
+"""Checks of SyntheticDataGeneration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...apis import SyntheticDataGeneration
+from ...apis.common import Message
+from ...apis.synthetic_data_generation import (
+    FilteringFunction,
+    RewardScoringSettings,
+    SyntheticDataGenerationRequest,
+    SyntheticDataGenerationResponse,
+)
+from ...errors import ModelNotFoundError, NotFoundError
+from .checks import check, refused
+from .inference import starts_and_stops
+from .subject import Subject
+
+_PROMPTS = [Message.user("Say hello."), Message.user("What is the capital of Norway?")]
+
+
+async def _made(subject: Subject, function: FilteringFunction, **settings: Any) -> SyntheticDataGenerationResponse:
+    given: dict[str, Any] = {"n_samples": 4, "seed": 7, "temperature": 1.0} | settings
+    request = SyntheticDataGenerationRequest(
+        prompts=_PROMPTS, filtering_function=function, reward_scoring=RewardScoringSettings(**given)
+    )
+    return await subject.client.synthetic_data_generation.generate(request)
+
+
+def _counts(made: SyntheticDataGenerationResponse) -> list[int]:
+    return [len(prompt.k_scored_generations) for prompt in made.synthetic_data]
+
+
+@check(SyntheticDataGeneration)
+async def none_keeps_all(subject: Subject) -> None:
+    """Without a filter every prompt has all of its samples, under the prompts in their order."""
+    made = await _made(subject, FilteringFunction.NONE)
+    assert [prompt.prompt for prompt in made.synthetic_data] == _PROMPTS, "the prompts are others or out of order"
+    assert _counts(made) == [4, 4], f"{_counts(made)} answers to 4 samples each"
+
+
+@check(SyntheticDataGeneration)
+async def top_k_keeps_the_best(subject: Subject) -> None:
+    """top_k keeps k answers a prompt, and none that is left out scored more."""
+    everything = await _made(subject, FilteringFunction.NONE)
+    kept = await _made(subject, FilteringFunction.TOP_K, k=2)
+    assert _counts(kept) == [2, 2], f"{_counts(kept)} answers for k = 2"
+    for all_of_it, best in zip(everything.synthetic_data, kept.synthetic_data, strict=True):
+        scores = sorted((one.score for one in all_of_it.k_scored_generations), reverse=True)
+        assert sorted((one.score for one in best.k_scored_generations), reverse=True) == scores[:2], "not the best"
+
+
+@check(SyntheticDataGeneration)
+async def a_seed_repeats_what_was_made(subject: Subject) -> None:
+    """The same request with the same seed makes and keeps the same answers."""
+    for function in (FilteringFunction.RANDOM, FilteringFunction.SIGMOID, FilteringFunction.TOP_P):
+        first, second = [await _made(subject, function) for _ in range(2)]
+        assert first.synthetic_data == second.synthetic_data, f"{function.value} keeps others the second time"
+
+
+@check(SyntheticDataGeneration)
+async def random_keeps_half(subject: Subject) -> None:
+    """random keeps half of the answers."""
+    kept = sum(_counts(await _made(subject, FilteringFunction.RANDOM)))
+    assert kept == 4, f"{kept} of 8"
+
+
+@check(SyntheticDataGeneration)
+async def a_filter_never_adds(subject: Subject) -> None:
+    """Every filter keeps at most what there is, and the two joined at most what each keeps."""
+    kept = {function: _counts(await _made(subject, function, k=2, p=0.5)) for function in FilteringFunction}
+    assert all(max(counts, default=0) <= 4 for counts in kept.values()), f"{kept}"
+    both = sum(kept[FilteringFunction.TOP_K_TOP_P])
+    assert both <= min(sum(kept[FilteringFunction.TOP_K]), sum(kept[FilteringFunction.TOP_P])), f"{kept}"
+
+
+@check(SyntheticDataGeneration)
+async def a_model_that_is_not_served_is_404(subject: Subject) -> None:
+    """A generator or a reward model that nobody serves is refused with 404."""
+    unknown = subject.new_id("no-model")
+    for settings in (RewardScoringSettings(generator=unknown), RewardScoringSettings(model=unknown)):
+        request = SyntheticDataGenerationRequest(
+            prompts=_PROMPTS,
+            filtering_function=FilteringFunction.TOP_K,
+            reward_scoring=settings,
+        )
+        await refused(subject.client.synthetic_data_generation.generate(request), ModelNotFoundError, NotFoundError)
+
+
+@check(SyntheticDataGeneration)
+async def it_starts_and_stops_without_leaving_anything(subject: Subject) -> None:
+    """A start and a stop leave no thread, no open file, no process and no task behind."""
+    await starts_and_stops(subject)
