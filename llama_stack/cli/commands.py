@@ -40,6 +40,7 @@ _COMMANDS = (
     "schema",
     "chat",
     "complete",
+    "new-plugin",
     "conformance",
     "version",
 )
@@ -53,7 +54,7 @@ class Commands(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name in _COMMANDS:
-            command: click.Command = importlib.import_module(f"{__package__}.{cmd_name}").command
+            command: click.Command = importlib.import_module(f"{__package__}.{cmd_name.replace('-', '_')}").command
             return command
         entry = _plugin_entries().get(cmd_name)
         return None if entry is None else _load(entry)

@@ -16,10 +16,11 @@ import click
 import pytest
 
 from llama_stack import __version__
+from llama_stack.cli.commands import _COMMANDS
 from tests.broken_plugins import install
 from tests.cli.called import Ran, Run, process, ran_process
 
-COMMANDS = ("run", "check", "list", "schema", "chat", "complete", "version")
+COMMANDS = _COMMANDS
 HEAVY = ("pydantic", "fastapi", "starlette", "uvicorn", "sqlalchemy", "httpx2", "torch", "numpy", "yaml", "pluggy")
 
 COMMAND_PLUGIN = """
@@ -209,9 +210,9 @@ def test_a_command_whose_module_fails_names_its_package(tmp_path: Path) -> None:
 def test_every_command_and_option_is_on_its_page() -> None:
     """An option that is not written about is not found."""
     page = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
-    sections = dict(re.findall(r"^## (\w+)$\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL))
+    sections = dict(re.findall(r"^## ([\w-]+)$\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL))
     for name in COMMANDS:
-        command = importlib.import_module(f"llama_stack.cli.{name}").command
+        command = importlib.import_module(f"llama_stack.cli.{name.replace('-', '_')}").command
         shown = [command, *getattr(command, "commands", {}).values()]
         for option in (flag for each in shown for p in each.params if isinstance(p, click.Option) for flag in p.opts):
             assert f"`{option}" in sections[name] + page.partition("\n## ")[0], f"{name} {option}"

@@ -56,9 +56,8 @@ def _training(**more: Any) -> TrainingConfig:
 async def a_job_that_is_not_there_is_404(subject: Subject) -> None:
     """Status, logs, artifacts and a cancel of a job that does not exist are a 404."""
     training, job = subject.client.post_training, subject.new_id("no-job")
-    for call in (training.job_status(job), training.job_logs(job), training.job_artifacts(job)):
-        await refused(call, NotFoundError)
-    await refused(training.cancel_job(job), NotFoundError)
+    for operation in (training.job_status, training.job_logs, training.job_artifacts, training.cancel_job):
+        await refused(operation(job), NotFoundError)
 
 
 @check(PostTraining)
