@@ -21,6 +21,7 @@ from .apis import APIS
 from .apis.config import Config
 from .apis.contract import Api, operations
 from .errors import ContractMismatchError, DuplicateProviderError, NotInstalledError, PluginLoadError, listed, nearest
+from .inner import Inner
 from .plugins import (
     ApiSpec,
     CommandSpec,
@@ -63,6 +64,7 @@ class NeedKind(StrEnum):
     DATABASE = "database"
     BLOBS = "blobs"
     TOOLS = "tools"
+    INNER = "inner"
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,11 +299,6 @@ def needed_apis(start: Start) -> list[type[Api]]:
     return [need.api for need in needs(start) if need.api is not None]
 
 
-def needs_tools(start: Start) -> bool:
-    """Whether a start function asks for the distribution's tools."""
-    return any(need.kind is NeedKind.TOOLS for need in needs(start))
-
-
 def declaration_problems(spec: ProviderSpec | ToolSpec | FaceSpec) -> list[str]:
     """What is wrong with a declaration before anything is started: its needs, its config, and the type it yields."""
     try:
@@ -348,7 +345,7 @@ def _need(function: Callable[..., Any], parameter: inspect.Parameter) -> Need:
     except NameError as error:
         raise _Unmet(f"has a type that cannot be read at run time ({error})") from error
     if annotation is inspect.Parameter.empty:
-        raise _Unmet("has no type, and the stack passes a config, contracts, Database, Blobs and Tools by it")
+        raise _Unmet("has no type, and the stack passes a config, contracts, Database, Blobs, Tools and Inner by it")
     wanted = _without_none(annotation)
     is_optional = wanted is not annotation
     if isinstance(wanted, type):
@@ -366,8 +363,10 @@ def _need(function: Callable[..., Any], parameter: inspect.Parameter) -> Need:
             return Need(parameter.name, NeedKind.BLOBS)
         if wanted is Tools:
             return Need(parameter.name, NeedKind.TOOLS)
+        if wanted is Inner:
+            return Need(parameter.name, NeedKind.INNER)
     shown = getattr(wanted, "__name__", str(wanted))
-    raise _Unmet(f"asks for {shown}, and the stack passes a config, contracts, Database, Blobs and Tools")
+    raise _Unmet(f"asks for {shown}, and the stack passes a config, contracts, Database, Blobs, Tools and Inner")
 
 
 def _without_none(annotation: Any) -> Any:

@@ -11,10 +11,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import partial
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from time import monotonic
@@ -34,8 +35,9 @@ from .errors import (
     StoreUnavailableError,
     UnavailableError,
 )
+from .inner import Inner, inner_providers
 from .plugins import FaceSpec, ProviderSpec, ToolSpec
-from .registry import Need, NeedKind, Registry, check_provider, needed_apis, needs, needs_tools
+from .registry import Need, NeedKind, Registry, check_provider, needs
 from .routing import ModelCatalog, route
 from .tools import Tools, ToolSource
 
@@ -93,6 +95,8 @@ class Instance:
     is_optional: bool = False
     is_alone: bool = True
     """Whether no other provider of the distribution serves the same API."""
+    inner: tuple[Instance, ...] = ()
+    """The providers that it starts itself, which its config names."""
     state: State = State.STARTING
     reason: str | None = None
     start_seconds: float | None = None
@@ -121,6 +125,12 @@ class Instance:
     @property
     def is_running(self) -> bool:
         return self.started is not None
+
+    def needs(self) -> Iterator[Need]:
+        """What it asks for, and what those behind it ask for."""
+        yield from needs(self.spec.start)
+        for instance in self.inner:
+            yield from instance.needs()
 
     def running(self) -> Any:
         """The provider's own object. Raises ``UnavailableError`` with the reason while there is none."""
@@ -181,16 +191,8 @@ class Stack:
         for name, entries in distribution.providers.items():
             for entry in entries:
                 api = registry.api(name)
-                found = registry.provider(api, entry.provider)
-                config = found.spec.config.read(entry.config)
-                instance = Instance(
-                    found.spec,
-                    found.plugin.label,
-                    entry.id or entry.provider,
-                    config,
-                    is_optional=entry.optional,
-                    is_alone=len(entries) == 1,
-                )
+                instance = _instance(registry, api, entry.provider, entry.id or entry.provider, entry.config)
+                instance.is_optional, instance.is_alone = entry.optional, len(entries) == 1
                 by_api.setdefault(api, []).append(instance)
         self._providers = [instance for instances in by_api.values() for instance in instances]
         self._tools: list[Instance] = []
@@ -332,9 +334,20 @@ class Stack:
             return self._routed.get(need.api) if need.is_optional else self.api(need.api)
         if need.kind is NeedKind.TOOLS:
             return Tools(self._tools)
+        if need.kind is NeedKind.INNER:
+            return Inner({inner.id: partial(self._started_inside, instance, inner) for inner in instance.inner})
         store = await self._opened_store()
         owner = instance.label.replace("/", ".")
         return store.database(owner) if need.kind is NeedKind.DATABASE else store.blobs(owner)
+
+    @asynccontextmanager
+    async def _started_inside(self, outer: Instance, inner: Instance) -> AsyncIterator[Api]:
+        owner = replace(inner, id=f"{outer.id}.{inner.id}")  # of its tables: another one may be called the same
+        arguments = {n.parameter: await self._argument(n, owner) for n in needs(inner.spec.start)}
+        async with inner.spec.start(**arguments) as started:
+            if (mismatch := _mismatch(inner, started)) is not None:
+                raise mismatch
+            yield started
 
     async def _opened_store(self) -> Store:
         async with self._opening:  # several providers may try again at once
@@ -379,8 +392,16 @@ def start_order(instances: Sequence[Instance]) -> list[Instance]:
 
 def _comes_before(other: Instance, instance: Instance) -> bool:
     if other.api is None:
-        return needs_tools(instance.spec.start)
-    return other.api in needed_apis(instance.spec.start)
+        return any(need.kind is NeedKind.TOOLS for need in instance.needs())
+    return any(need.api is other.api for need in instance.needs())
+
+
+def _instance(registry: Registry, api: type[Api], provider: str, id: str, values: Mapping[str, Any]) -> Instance:
+    """A provider of the API with its config, and those behind it."""
+    found = registry.provider(api, provider)
+    config = found.spec.config.read(values)
+    inner = tuple(_instance(registry, api, each.provider, each.name, each.config) for each in inner_providers(config))
+    return Instance(found.spec, found.plugin.label, id, config, inner=inner)
 
 
 async def _first_try(instance: Instance) -> None:

@@ -1,7 +1,7 @@
 """The contracts: one abstract class an API, and the schemas that travel. Knows no provider, no server and no torch."""
 
 from .agentic_system import AgenticSystem
-from .config import Config, NoConfig
+from .config import Config, InnerProvider, NoConfig
 from .contract import Api, Operation, Parameter, Shape, contract_of, delete, get, operations, post
 from .datasets import Datasets
 from .inference import Inference
@@ -35,6 +35,7 @@ __all__ = [
     "Config",
     "Datasets",
     "Inference",
+    "InnerProvider",
     "MemoryBanks",
     "Models",
     "NoConfig",

@@ -8,7 +8,10 @@ from collections.abc import Mapping
 from typing import Any, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]*$"
+"""Names that are safe as a folder, a label and a part of a URL."""
 
 
 class Config(BaseModel):
@@ -31,6 +34,25 @@ class Config(BaseModel):
 
 class NoConfig(Config):
     """For providers that have nothing to configure."""
+
+
+class InnerProvider(Config):
+    """A provider of the same API that a provider stands before; clients reach it through that one alone.
+
+    A config has one as a field, or several in a tuple, and the start function takes an ``Inner`` to start them.
+    """
+
+    provider: str = Field(pattern=NAME_PATTERN, max_length=63)
+    """The name under which an installed plugin declares it."""
+    id: str | None = Field(default=None, pattern=NAME_PATTERN, max_length=63)
+    """What it is called here; its provider name when left out. Two of one name need two ids."""
+    config: dict[str, JsonValue] = Field(default_factory=dict)
+    """Its own settings."""
+
+    @property
+    def name(self) -> str:
+        """What it is called here."""
+        return self.id or self.provider
 
 
 def server_url(url: str) -> str:

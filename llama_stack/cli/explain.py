@@ -110,7 +110,8 @@ def _need(need: Need, distribution: Distribution) -> str:
     if need.kind is NeedKind.TOOLS:
         return f"the tools ({', '.join(tool.id or tool.tool for tool in distribution.tools) or 'none'})"
     if need.kind is not NeedKind.API:
-        return {"config": "its config", "database": "a database", "blobs": "a folder of blobs"}[need.kind.value]
+        words = {"config": "its config", "database": "a database", "blobs": "a folder of blobs"}
+        return words.get(need.kind.value, "the providers that its config names")
     assert need.api is not None, "an API is asked for"
     if need.api is Models:
         return "models, of the stack itself"

@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path as FilePath
+from typing import Any, get_args
 
-from ..apis.config import Config
+from ..apis.config import Config, InnerProvider
 from ..apis.contract import Api
 from ..apis.models import Models
 from ..errors import DistributionError, DuplicateProviderError, NotInstalledError, listed
@@ -38,10 +39,21 @@ class _Entry:
     path: Path
     shown_id: str
     """The id as a message may show it."""
+    inner: tuple[_Entry, ...] = ()
+    """The providers that its config names behind it."""
 
     @property
     def label(self) -> str:
         return f"{self.api.name}/{self.shown_id}"
+
+    @property
+    def whole(self) -> list[_Entry]:
+        """The entry and those behind it, however deep."""
+        return [self, *(entry for inner in self.inner for entry in inner.whole)]
+
+    def needs(self, api: type[Api]) -> bool:
+        """Whether it, or one behind it, asks for the API."""
+        return any(api in needed_apis(entry.spec.start) for entry in self.whole)
 
 
 def load_distribution(
@@ -180,7 +192,7 @@ class _Check:
             found = [self._provider(api, item, (*path, index)) for index, item in enumerate(items)]
             entries += [entry for entry in found if entry is not None]
         self._distinct(entries)
-        for entry in entries:
+        for entry in (each for top in entries for each in top.whole):
             self._needs(entry.spec, f"provider {entry.spec.name!r}", entry.mark, entry.path)
         self._cycles(entries)
 
@@ -228,13 +240,31 @@ class _Check:
             return None
         spec = installed.spec
         self._config(spec.config, item, path)
+        inner = self._inner(api, spec.config, item, path)
         if not self._is_sound(installed, f"provider {spec.name!r}", name.mark, (*path, "provider")):
             return None
         given = _text_of(item, "id")
         if given is None:
-            return _Entry(api, spec.name, spec, name.mark, path, spec.name)
+            return _Entry(api, spec.name, spec, name.mark, path, spec.name, inner)
         shown_id = f"${{env.{given.variables[0]}}}" if given.variables else str(given.value)
-        return _Entry(api, str(given.value), spec, given.mark, path, shown_id)
+        return _Entry(api, str(given.value), spec, given.mark, path, shown_id, inner)
+
+    def _inner(self, api: type[Api], model: type[Config], item: nodes.Mapping, path: Path) -> tuple[_Entry, ...]:
+        """The providers that a config names behind this one."""
+        config = item.entries.get("config")
+        if not isinstance(config, nodes.Mapping):
+            return ()
+        found: list[_Entry | None] = []
+        for key, node in config.entries.items():
+            if key in model.model_fields and _names_providers(model.model_fields[key].annotation):
+                within = (*path, "config", key)
+                if isinstance(node, Sequence):
+                    found += [self._provider(api, each, (*within, i)) for i, each in enumerate(node.items)]
+                else:
+                    found.append(self._provider(api, node, within))
+        entries = [entry for entry in found if entry is not None]
+        self._distinct(entries)
+        return tuple(entries)
 
     def _is_sound(self, installed: Installed[_Started], who: str, mark: Mark, path: Path) -> bool:
         problems = declaration_problems(installed.spec)
@@ -270,7 +300,7 @@ class _Check:
     def _cycles(self, entries: list[_Entry]) -> None:
         left = list(entries)
         while left:
-            graph = {entry: [other for other in left if other.api in needed_apis(entry.spec.start)] for entry in left}
+            graph = {entry: [other for other in left if entry.needs(other.api)] for entry in left}
             try:
                 TopologicalSorter(graph).prepare()
             except CycleError as error:
@@ -295,6 +325,11 @@ class _Check:
 
     def _fault(self, mark: Mark, path: Path, what: str, remedy: str) -> None:
         self.faults.append(Fault.at(mark, path, what, remedy))
+
+
+def _names_providers(annotation: Any) -> bool:
+    """Whether a field of this type holds providers that stand behind one."""
+    return annotation is InnerProvider or any(_names_providers(inner) for inner in get_args(annotation))
 
 
 def _items(node: Node | None) -> list[Node]:

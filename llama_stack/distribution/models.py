@@ -11,9 +11,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
-from ..apis.config import Config
+from ..apis.config import NAME_PATTERN, Config
 
-NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]*$"
 ORIGIN_PATTERN = r"^https?://[^/\s]+$"
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=63)]

@@ -19,9 +19,10 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 from pydantic_core.core_schema import ErrorType
 
+from ..apis.config import NAME_PATTERN
 from . import nodes
 from .faults import Fault, Mark, Path, is_secret, shortened
-from .models import NAME_PATTERN, ORIGIN_PATTERN
+from .models import ORIGIN_PATTERN
 from .nodes import Broken, Node, Scalar, Sequence, shown
 
 _M = TypeVar("_M", bound=BaseModel)

@@ -84,6 +84,8 @@ def test_providers_import_the_core_only_where_it_is_open_to_them() -> None:
         "storage",
         "testing",
         "client",
+        "inner",
+        "text_inference",
         "shields",
         "fetch",
         "tools",

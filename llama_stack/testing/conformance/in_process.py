@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ...apis import APIS, Api
+from ...apis.models import ModelKind
 from ...client.event_loop import EventLoopThread
 from ...distribution import Distribution
 from ...plugins import discover, in_folder
@@ -41,6 +42,8 @@ class Target:
     """Plugins in this process, besides those that are installed."""
     plugins_dir: Path | None = None
     """A folder of plugins of one file."""
+    model: str | None = None
+    """The model to ask, where the provider lists none of its own."""
 
     def contract(self) -> type[Api]:
         """The contract that it provides. Raises ``NotInstalledError``."""
@@ -94,7 +97,9 @@ class _Held:
         self._idle: set[asyncio.Task[Any]] = set()
 
     async def open(self) -> Subject:
-        subject = Subject(await self._start(), provider=self._target.provider)
+        model, provider = self._target.model, self._target.provider
+        models = {ModelKind.LLM: model} if model else None
+        subject = Subject(await self._start(), provider=provider, models=models)
         subject.restarter = self._restart
         subject.busy = self._busy
         subject.start_and_stop = self._start_and_stop
@@ -178,15 +183,16 @@ def conformance(
     tools: Sequence[Mapping[str, Any]] = (),
     plugins: Sequence[object] = (),
     plugins_dir: Path | None = None,
+    model: str | None = None,
 ) -> Callable[..., None]:
     """A test function with a case for each check of the API; it needs the plugin ``llama_stack.testing.plugin``.
 
     ``config`` is the provider's own. ``beside`` are the providers of other APIs that it needs, as in a distribution;
-    ``plugins`` are objects or modules in this process that count as installed.
+    ``plugins`` are objects or modules in this process that count as installed, ``model`` is the one to ask.
     """
     import pytest
 
-    target = Target(api, provider, config or {}, beside or {}, tuple(tools), tuple(plugins), plugins_dir)
+    target = Target(api, provider, config or {}, beside or {}, tuple(tools), tuple(plugins), plugins_dir, model)
 
     @pytest.mark.parametrize("conformance_target", [pytest.param(target, id=provider)], indirect=True, scope="module")
     @pytest.mark.parametrize("conformance_check", checks_for(target.contract()), ids=lambda check: check.name)

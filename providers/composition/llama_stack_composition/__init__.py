@@ -1,0 +1,1 @@
+"""Providers of any API that stand before others of it."""
