@@ -19,6 +19,7 @@ is started: they return declarations, and whatever is heavy waits until a distri
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import operator
@@ -30,7 +31,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from hashlib import sha256
 from importlib.metadata import EntryPoint, entry_points
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +76,8 @@ API_VERSION = (1, 0)
 hookspec = pluggy.HookspecMarker(GROUP)
 hookimpl = pluggy.HookimplMarker(GROUP)
 
+_VERSION = "llama_stack_api_version"
+"""The name under which a plugin's module says for which versions of this interface it was made."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _CLAUSE = re.compile(r"\s*(>=|<=|==|>|<)\s*([0-9]{1,6})(?:\.([0-9]{1,6}))?\s*")
 _COMPARE: Mapping[str, Callable[[tuple[int, int], tuple[int, int]], bool]] = {
@@ -379,8 +382,10 @@ def load(plugin: Plugin, apis: Sequence[type[Api]] = APIS) -> tuple[Spec, ...]:
     Raises ``PluginLoadError`` for whatever is wrong with it, ``SystemExit`` at import included. Only an interrupt by
     the user passes.
     """
+    if plugin.loaded is None:
+        _check_version(plugin, _written_version(plugin))
     module = plugin.loaded or _imported(plugin)
-    _check_version(plugin, module)
+    _check_version(plugin, getattr(module, _VERSION, None))
     hooks = pluggy.PluginManager(GROUP)
     hooks.add_hookspecs(sys.modules[__name__])
     try:
@@ -445,9 +450,41 @@ def _imported_file(file: Path | None) -> object:
     return sys.modules[name]
 
 
-def _check_version(plugin: Plugin, module: object) -> None:
+def _written_version(plugin: Plugin) -> object:
+    """The version that a plugin's source states, so that one made for another interface is not even imported.
+
+    ``None`` where it states none, or not in so many words.
+    """
+    try:
+        file = plugin.file or _source_of(plugin.target)
+        tree = ast.parse(file.read_bytes()) if file is not None else None
+    except (OSError, SyntaxError, ValueError, ImportError):
+        return None  # importing it says what is wrong
+    for node in tree.body if tree is not None else ():
+        names = [target.id for target in getattr(node, "targets", ()) if isinstance(target, ast.Name)]
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and _VERSION in names:
+            return node.value.value
+    return None
+
+
+def _source_of(target: str) -> Path | None:
+    """The file of a plugin's module, found without importing the packages that it lies in."""
+    top, *rest = target.partition(":")[0].split(".")
+    spec = find_spec(top)
+    if spec is None or not rest:
+        return Path(spec.origin) if spec is not None and spec.origin is not None else None
+    for folder in spec.submodule_search_locations or ():
+        base = Path(folder, *rest)
+        for file in (base.with_suffix(".py"), base / "__init__.py"):
+            if file.is_file():
+                return file
+    return None
+
+
+def _check_version(plugin: Plugin, declared: object) -> None:
     """A plugin that names no range was written for the first version."""
-    declared = getattr(module, "llama_stack_api_version", ">=1.0,<2")
+    if declared is None:
+        declared = ">=1.0,<2"
     ours = ".".join(map(str, API_VERSION))
     clauses = [_CLAUSE.fullmatch(clause) for clause in declared.split(",")] if isinstance(declared, str) else [None]
     for clause in clauses:

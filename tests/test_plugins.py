@@ -177,6 +177,20 @@ def test_a_plugin_may_say_which_interface_it_was_made_for(declared: str, site: P
     assert isinstance(spec, ProviderSpec)
 
 
+def test_a_plugin_for_another_interface_is_not_even_imported(site: Path) -> None:
+    """What its module does at import may need what this version does not have; its source says enough."""
+    source = "llama_stack_api_version = '>=2.0'\nraise RuntimeError('imported')"
+    package = site / "acme_next"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported too')")
+    (package / "plugin.py").write_text(source)
+    install(site, "acme", {"acme_flat": source}, {"flat": "acme_flat", "deep": "acme_next.plugin"})
+    for plugin in installed(site):
+        with pytest.raises(PluginLoadError, match="wants version >=2.0"):
+            load(plugin)
+    assert not {"acme_flat", "acme_next"} & set(sys.modules)
+
+
 def test_one_broken_plugin_leaves_the_others_usable(site: Path) -> None:
     """pluggy's own loader stops at the first import error; ours does not."""
     install(site, "bad", {"bad_plugin": "raise RuntimeError"}, {"a-bad": "bad_plugin"})
