@@ -214,7 +214,7 @@ class Fetcher:
         connected: list[AsyncNetworkStream] = []
         try:
             async with (
-                self._pool(addresses, connected) as pool,
+                self._pool(target.scheme, addresses, connected) as pool,
                 pool.stream(method, url, headers=sent, content=body) as response,
             ):
                 if response.status in _REDIRECTS:
@@ -228,7 +228,7 @@ class Fetcher:
             for stream in connected:  # the library leaves one open whose handshake is cancelled
                 await stream.aclose()
 
-    def _pool(self, addresses: Sequence[str], connected: list[AsyncNetworkStream]) -> AsyncConnectionPool:
+    def _pool(self, scheme: str, addresses: Sequence[str], connected: list[AsyncNetworkStream]) -> AsyncConnectionPool:
         import httpcore2
 
         network = self._network
@@ -244,7 +244,8 @@ class Fetcher:
                         failure = error
                 raise failure or OSError("no address")
 
-        self._trust = self._trust or ssl.create_default_context()
+        if scheme == "https":  # it reads every authority that the system trusts
+            self._trust = self._trust or ssl.create_default_context()
         return httpcore2.AsyncConnectionPool(
             ssl_context=self._trust, max_connections=1, max_keepalive_connections=0, network_backend=JudgedBackend()
         )
