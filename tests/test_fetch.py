@@ -51,9 +51,13 @@ def tls() -> ssl.SSLContext:
 
 async def fetched(net: Net, url: str = "http://public.example/page", **config: object) -> Fetched:
     settings = FetchConfig.model_validate({"hosts": ("*",), "timeout_seconds": 20.0} | config)
-    fetcher = Fetcher(settings, network=net)
+    return await trusting(Fetcher(settings, network=net)).fetch(url)
+
+
+def trusting(fetcher: Fetcher) -> Fetcher:
+    """A fetcher that takes the certificate of ``tls`` for one."""
     fetcher._trust = ssl.create_default_context(cafile=CERTIFICATE)
-    return await fetcher.fetch(url)
+    return fetcher
 
 
 @pytest.mark.parametrize("url", HOSTILE_URLS, ids=lambda url: url[:40])

@@ -169,7 +169,7 @@ async def _echoing(request: bytes, writer: asyncio.StreamWriter) -> None:
 
 
 async def _silent(request: bytes, writer: asyncio.StreamWriter) -> None:
-    await asyncio.sleep(5)
+    await asyncio.sleep(0.6)
 
 
 HOSTILE_SERVERS = (
