@@ -1,7 +1,7 @@
 """Every way by which a URL that a client, a model or another server chose reaches the stack: none leads inside.
 
-The contracts say where a client may put a URL; the list below is held equal to them, so that a field that is added fails
-here until it is known what follows it. What the stack does with it is looked at from outside, as attempts to
+The contracts say where a client may put a URL; the list below is held equal to them, so that a field that is added
+fails here until it is known what follows it. What the stack does with it is looked at from outside, as attempts to
 connect, with every host allowed that an operator can allow.
 """
 
