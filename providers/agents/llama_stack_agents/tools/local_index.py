@@ -42,7 +42,7 @@ class LocalConfig(Config):
     max_documents: int = Field(default=10_000, ge=1, le=1_000_000)
     """The most files that are read; with more of them the tool does not start."""
     max_bytes: int = Field(default=256 * 1024**2, ge=1, le=16 * 1024**3)
-    """The most that they may hold together; the index takes about as much memory again."""
+    """The most that they may hold together; the index takes more than twice that in memory."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,9 @@ class LocalIndex:
         return await asyncio.to_thread(self._search, query, count)
 
     def close(self) -> None:
-        """Free the memory."""
-        self._table.close()
+        """Free the memory, once nobody searches any more."""
+        with self._one_query:
+            self._table.close()
 
     def _search(self, query: str, count: int) -> list[Hit]:
         words = _WORD.findall(query)[:MAX_WORDS]
