@@ -422,7 +422,7 @@ def test_what_is_public(address: str, is_on_it: bool) -> None:
 def test_nobody_else_follows_a_url() -> None:
     """One place to guard: other HTTP clients have an operator's address, the stack's client and that of MCP servers.
 
-    The network of a test's own connects to this machine and to nothing else.
+    The network of a test's own connects to this machine alone, and the conformance kit to the server that it tries.
     """
     import ast
 
@@ -437,8 +437,8 @@ def test_nobody_else_follows_a_url() -> None:
                 if any(name.partition(".")[0] in clients or name == "urllib.request" for name in names):
                     found.add(str(file.relative_to(root)))
     mcp = "providers/agents/llama_stack_agents/tools/mcp.py"
-    test = "llama_stack/testing/network.py"
-    assert found == {"llama_stack/fetch.py", "llama_stack/client/connection.py", mcp, test}
+    tests = {"llama_stack/testing/network.py", "llama_stack/testing/conformance/subject.py"}
+    assert found == {"llama_stack/fetch.py", "llama_stack/client/connection.py", mcp, *tests}
 
 
 async def test_a_service_is_sent_its_headers_and_body_and_every_status_comes_back(net: Net) -> None:
