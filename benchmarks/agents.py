@@ -50,6 +50,7 @@ class Up:
 
     id = "math"
     is_running = True
+    timeout_seconds: float | None = None
 
     def running(self) -> Tool:
         return MATH

@@ -1,6 +1,6 @@
-"""The only reader of URLs that a client chose: ``http(s)``, ``data:``, and ``file:`` under the operator's roots.
+"""The only reader of URLs that a stranger chose: ``http(s)``, ``data:``, and ``file:`` under the operator's roots.
 
-A URL in a request is an order to this machine to read something, given by a stranger. So:
+A URL in a request, or in what a model or another server wrote, is an order to this machine to read something. So:
 
 * it is parsed once, by a grammar that knows less than a browser: what two parsers could read differently is refused;
 * by default no host is allowed, and no file;
@@ -10,7 +10,8 @@ A URL in a request is an order to this machine to read something, given by a str
 * size (also unpacked), time and headers are bounded; no cookie, key, proxy or other state of this process goes along;
 * a file is opened component by component without following links.
 
-No other code may follow a client's URL.
+No other code may follow a client's URL. Tools speak to the services that the operator names through it too
+(``Fetcher.of_service``): one host, one port, nothing followed.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import socket
 import ssl
 import stat
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 from pathlib import Path
@@ -91,6 +92,8 @@ class Fetched:
     body: bytes
     media_type: str | None
     """What the source calls it, in lower case. Nobody has checked that it is so."""
+    status: int = 200
+    """The status that it came with; another one than 200 only from ``ask``."""
 
 
 class Network(Protocol):
@@ -108,10 +111,35 @@ class Network(Protocol):
 class Fetcher:
     """Reads URLs within the bounds of a ``FetchConfig``. It keeps no connection and no cookie."""
 
-    def __init__(self, config: FetchConfig, *, network: Network | None = None) -> None:
+    def __init__(
+        self, config: FetchConfig, *, network: Network | None = None, private_hosts: Collection[str] = ()
+    ) -> None:
+        """``private_hosts`` are names of ``config.hosts`` that the operator says are not on the public network."""
         self._config = config
         self._network = network or _System()
+        self._private_hosts = frozenset(private_hosts)
         self._trust: ssl.SSLContext | None = None
+
+    @classmethod
+    def of_service(
+        cls,
+        url: str,
+        *,
+        is_private: bool = False,
+        max_bytes: int,
+        timeout_seconds: float,
+        network: Network | None = None,
+    ) -> Fetcher:
+        """A fetcher for one service, whose address the operator gave: its host at its port and no other.
+
+        Unless ``is_private`` says otherwise, its address must be a public one. Raises ``UrlNotAllowedError`` for a
+        ``url`` that is none.
+        """
+        target = _parsed(url)
+        config = FetchConfig(
+            hosts=(target.host,), ports=(target.port,), max_bytes=max_bytes, timeout_seconds=timeout_seconds
+        )
+        return cls(config, network=network, private_hosts=(target.host,) if is_private else ())
 
     async def fetch(self, url: str) -> Fetched:
         """Read a URL.
@@ -130,11 +158,27 @@ class Fetcher:
             what = f"the URL was not read in {self._config.timeout_seconds:g} s"
             raise DeadlineExceededError(what) from error
 
+    async def ask(self, url: str, *, headers: Mapping[str, str], body: bytes | None = None) -> Fetched:
+        """Send one request to a service: GET, or POST where there is a JSON ``body``; its answer, whatever the status.
+
+        A redirect is not followed: what the headers hold is for this server alone. Raises as ``fetch`` does.
+        """
+        try:
+            async with asyncio.timeout(self._config.timeout_seconds):
+                target = _parsed(url)
+                self._check(target)
+                answer = await self._send(target, headers, body, takes_any_status=True)
+        except TimeoutError as error:
+            raise DeadlineExceededError(f"no answer came in {self._config.timeout_seconds:g} s") from error
+        if isinstance(answer, str):
+            raise UpstreamError("the server redirects, and a service is not followed to another address")
+        return answer
+
     async def _follow(self, url: str) -> Fetched:
         for _ in range(self._config.max_redirects + 1):
             target = _parsed(url)
             self._check(target)
-            answer = await self._get(target)
+            answer = await self._send(target, {}, None)
             if isinstance(answer, Fetched):
                 return answer
             url = urljoin(target.url, answer)
@@ -153,17 +197,30 @@ class Fetcher:
         if target.port not in self._config.ports:
             raise UrlNotAllowedError(f"the port {target.port} is not among those that may be read from")
 
-    async def _get(self, target: _Target) -> Fetched | str:
-        """What the target holds, or where it redirects to."""
+    async def _send(
+        self, target: _Target, headers: Mapping[str, str], body: bytes | None, *, takes_any_status: bool = False
+    ) -> Fetched | str:
+        """What the target answers, or where it redirects to."""
         import httpcore2
 
         # the library connects here by name; what it gets is a stream to the address that was judged
-        addresses = await self._public_addresses(target)
-        headers = [("Host", target.authority), ("Accept-Encoding", "gzip"), ("User-Agent", "llama-stack")]
+        addresses = await self._judged_addresses(target)
+        sent = [("Host", target.authority), ("Accept-Encoding", "gzip"), ("User-Agent", "llama-stack")]
+        sent += headers.items()
+        method = "GET" if body is None else "POST"
+        if body is not None:
+            sent += [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
         url = httpcore2.URL(scheme=target.scheme, host=target.host.strip("[]"), port=target.port, target=target.target)
         connected: list[AsyncNetworkStream] = []
         try:
-            async with self._pool(addresses, connected) as pool, pool.stream("GET", url, headers=headers) as response:
+            async with (
+                self._pool(target.scheme, addresses, connected) as pool,
+                pool.stream(method, url, headers=sent, content=body) as response,
+            ):
+                if response.status in _REDIRECTS:
+                    return _location(response)
+                if response.status != 200 and not takes_any_status:
+                    raise UpstreamError(f"the URL's server answered with {response.status}")
                 return await self._read(target, response)
         except (httpcore2.NetworkError, httpcore2.ProtocolError, OSError) as error:
             raise UpstreamError(f"the URL's server failed: {type(error).__name__}") from error
@@ -171,7 +228,7 @@ class Fetcher:
             for stream in connected:  # the library leaves one open whose handshake is cancelled
                 await stream.aclose()
 
-    def _pool(self, addresses: Sequence[str], connected: list[AsyncNetworkStream]) -> AsyncConnectionPool:
+    def _pool(self, scheme: str, addresses: Sequence[str], connected: list[AsyncNetworkStream]) -> AsyncConnectionPool:
         import httpcore2
 
         network = self._network
@@ -187,34 +244,29 @@ class Fetcher:
                         failure = error
                 raise failure or OSError("no address")
 
-        self._trust = self._trust or ssl.create_default_context()
+        if scheme == "https":  # it reads every authority that the system trusts
+            self._trust = self._trust or ssl.create_default_context()
         return httpcore2.AsyncConnectionPool(
             ssl_context=self._trust, max_connections=1, max_keepalive_connections=0, network_backend=JudgedBackend()
         )
 
-    async def _public_addresses(self, target: _Target) -> Sequence[str]:
+    async def _judged_addresses(self, target: _Target) -> Sequence[str]:
         try:
             addresses = await self._network.resolve(target.host.strip("[]"), target.port)
         except (OSError, UnicodeError) as error:
             raise UpstreamError(f"the host {target.host!r} has no address") from error
-        if not addresses or not all(map(is_public, addresses)):
+        is_allowed = target.host in self._private_hosts or all(map(is_public, addresses))
+        if not addresses or not is_allowed:
             raise UrlNotAllowedError(f"the host {target.host!r} has an address that is not public")
         return list(dict.fromkeys(addresses))[:MAX_ADDRESSES]
 
-    async def _read(self, target: _Target, response: Response) -> Fetched | str:
-        headers = {name.lower(): value for name, value in response.headers}
-        if response.status in _REDIRECTS:
-            location = headers.get(b"location", b"").decode("latin-1")
-            if not location.isascii() or not location:
-                raise UpstreamError("the URL redirects to nowhere")
-            return location
-        if response.status != 200:
-            raise UpstreamError(f"the URL's server answered with {response.status}")
+    async def _read(self, target: _Target, response: Response) -> Fetched:
+        headers = _headers(response)
         unpacked = _Unpacked(headers.get(b"content-encoding", b"identity"), self._config.max_bytes)
         async for chunk in response.aiter_stream():
             unpacked.add(chunk)
         found = _MEDIA_TYPE.match(headers.get(b"content-type", b""))
-        return Fetched(target.url, unpacked.whole(), found[1].decode().lower() if found else None)
+        return Fetched(target.url, unpacked.whole(), found[1].decode().lower() if found else None, response.status)
 
     def _read_file(self, url: str) -> Fetched:
         path = _file_path(url)
@@ -267,6 +319,17 @@ def _parsed(url: str) -> _Target:
     return _Target(
         found["scheme"], found["host"].lower().rstrip("."), port, target if target.startswith("/") else f"/{target}"
     )
+
+
+def _headers(response: Response) -> Mapping[bytes, bytes]:
+    return {name.lower(): value for name, value in response.headers}
+
+
+def _location(response: Response) -> str:
+    location = _headers(response).get(b"location", b"").decode("latin-1")
+    if not location.isascii() or not location:
+        raise UpstreamError("the URL redirects to nowhere")
+    return location
 
 
 class _Unpacked:

@@ -42,7 +42,7 @@ from .apis.config import Config, NoConfig
 from .apis.contract import Api, contract_of, operations
 from .errors import PluginLoadError, nearest
 from .signatures import annotation_of
-from .tools import Tool, ToolSource
+from .tools import Permission, Tool, ToolSource
 
 if TYPE_CHECKING:
     from click import Command
@@ -54,6 +54,7 @@ __all__ = [  # what plugins and the registry import from here; a ``Tool`` is wha
     "CommandSpec",
     "FaceSpec",
     "MiddlewareSpec",
+    "Permission",
     "Plugin",
     "ProviderSpec",
     "Spec",
@@ -138,9 +139,18 @@ class ToolSpec:
     start: Start
     config: type[Config] = NoConfig
     description: str = ""
+    permissions: Mapping[Permission, Callable[[Any], Sequence[str]]] = field(default_factory=dict)
+    """What the tool may ask for, and of which hosts, files or programs with a given config; with none it does not."""
 
     def __post_init__(self) -> None:
         _check_declared("tool", self.name, self.start, self.config)
+        if not all(isinstance(each, Permission) and callable(of) for each, of in self.permissions.items()):
+            raise TypeError(f"tool {self.name!r}: its permissions do not map a Permission to a function of a config")
+
+    def asked(self, config: Config) -> dict[Permission, list[str]]:
+        """The permissions that it asks for with a config, and of what. Raises what the plugin raises."""
+        found = {permission: list(of(config)) for permission, of in self.permissions.items()}
+        return {permission: what for permission, what in found.items() if what}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,12 +34,13 @@ from .errors import (
     StoreError,
     StoreUnavailableError,
     UnavailableError,
+    listed,
 )
 from .inner import Inner, inner_providers
 from .plugins import FaceSpec, ProviderSpec, ToolSpec
 from .registry import Need, NeedKind, Registry, check_provider, needs
 from .routing import ModelCatalog, route
-from .tools import Tools, ToolSource
+from .tools import Permission, Tools, ToolSource
 
 if TYPE_CHECKING:
     from .storage import Store
@@ -97,6 +98,10 @@ class Instance:
     """Whether no other provider of the distribution serves the same API."""
     inner: tuple[Instance, ...] = ()
     """The providers that it starts itself, which its config names."""
+    permissions: frozenset[Permission] = frozenset()
+    """What a tool may touch."""
+    timeout_seconds: float | None = None
+    """How long a call of a tool may take, where the distribution says so."""
     state: State = State.STARTING
     reason: str | None = None
     start_seconds: float | None = None
@@ -150,6 +155,9 @@ class Instance:
             reason = _said(self, self.started.unready_reason, _SILENT)
             state = State.READY if reason is None else State.RECOVERING
             details = _said(self, self.started.readiness_details, None) or None
+        elif state is State.READY and isinstance(self.started, ToolSource):
+            asked = {"permissions": ", ".join(_asked(self))} if _asked(self) else {}
+            details = {**asked, **_said(self, self.started.readiness_details, {})} or None
         return ProviderStatus(
             self.section,
             self.spec.name,
@@ -201,7 +209,17 @@ class Stack:
             config = declared.spec.config.read(tool.config)
             label = declared.plugin.label
             id = tool.id or tool.tool
-            self._tools.append(Instance(declared.spec, label, id, config, is_optional=tool.optional))
+            self._tools.append(
+                Instance(
+                    declared.spec,
+                    label,
+                    id,
+                    config,
+                    is_optional=tool.optional,
+                    permissions=frozenset(tool.permissions),
+                    timeout_seconds=tool.timeout_seconds,
+                )
+            )
         self._faces: list[Instance] = []
         for face in distribution.faces:
             installed = registry.face(face.face)
@@ -313,6 +331,7 @@ class Stack:
 
     async def _hold(self, instance: Instance) -> None:
         began = monotonic()
+        _require_permissions(instance)
         arguments = {n.parameter: await self._argument(n, instance) for n in needs(instance.spec.start)}
         mismatch: ContractMismatchError | None = None
         async with instance.spec.start(**arguments) as started:
@@ -418,6 +437,20 @@ async def _first_try(instance: Instance) -> None:
             if instance.is_optional:
                 instance.state = State.FAILED
                 return
+
+
+def _require_permissions(instance: Instance) -> None:
+    """Raises ``ProviderStartError`` for a tool that asks for more than its entry permits; ``check`` says it first."""
+    asked = _asked(instance)
+    if missing := [permission.value for permission in asked if permission not in instance.permissions]:
+        what = f"it asks for {listed(missing)}, which its entry does not permit; "
+        raise ProviderStartError(what + f"write 'permissions: [{', '.join(asked)}]'")
+    for permission, of in asked.items():
+        logger.info("%s may touch %s: %s", instance, permission.value, ", ".join(of))
+
+
+def _asked(instance: Instance) -> Mapping[Permission, Sequence[str]]:
+    return instance.spec.asked(instance.config) if isinstance(instance.spec, ToolSpec) else {}
 
 
 def _mismatch(instance: Instance, started: object) -> ContractMismatchError | None:

@@ -18,12 +18,28 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from enum import StrEnum
 from typing import Any, Protocol, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from .apis.common import Attachment, Content, ToolDefinition
 from .errors import InvalidRequestError, NotFoundError, listed
+
+
+class Permission(StrEnum):
+    """What a tool touches beside its arguments. Its plugin declares it, and the distribution's entry grants it.
+
+    A tool that asks for one that its entry does not grant is not started. Code that runs in this process is not held to
+    what it declares: who installs a plugin trusts it with that.
+    """
+
+    NETWORK = "network"
+    """It connects to other servers."""
+    FILES = "files"
+    """It reads or writes files of this machine."""
+    PROCESSES = "processes"
+    """It starts programs."""
 
 
 class ToolSession(Protocol):
@@ -48,6 +64,10 @@ class ToolSource(ABC):
     @abstractmethod
     def session(self) -> AbstractAsyncContextManager[ToolSession]:
         """The tools for the length of a turn. It is entered at the turn's first call, and left by the same task."""
+
+    def readiness_details(self) -> Mapping[str, str]:
+        """What readiness shall say of these tools, as ``Api.readiness_details`` has it: what stands in for what."""
+        return {}
 
 
 class Tool(ToolSource):
@@ -89,6 +109,8 @@ class ToolBackend(Protocol):
     """An entry under ``tools:``, running or not."""
 
     id: str
+    timeout_seconds: float | None
+    """How long a call may take, where the distribution says it of this entry."""
 
     @property
     def is_running(self) -> bool: ...
@@ -110,14 +132,21 @@ class Tools:
 
     def find(self, name: str) -> ToolSource:
         """Where the tool of that name is from. Raises ``NotFoundError``, and ``UnavailableError`` while it is down."""
-        for backend in self._backends:
-            if name in _names(backend):
-                return backend.running()
-        raise NotFoundError(f"tool {name!r} is not served here; served: {listed(self.names())}", param="tool_name")
+        return self._backend(name).running()
 
     def definition(self, name: str) -> ToolDefinition:
         """What the tool of that name says of itself. Raises as ``find`` does."""
         return next(each for each in self.find(name).definitions if each.tool_name == name)
+
+    def timeout_seconds(self, name: str) -> float | None:
+        """How long a call may take, where the distribution says it of this tool. Raises as ``find`` does."""
+        return self._backend(name).timeout_seconds
+
+    def _backend(self, name: str) -> ToolBackend:
+        for backend in self._backends:
+            if name in _names(backend):
+                return backend
+        raise NotFoundError(f"tool {name!r} is not served here; served: {listed(self.names())}", param="tool_name")
 
 
 def _names(backend: ToolBackend) -> list[str]:

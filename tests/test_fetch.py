@@ -6,59 +6,35 @@ import asyncio
 import base64
 import gzip
 import os
-import socket
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import httpcore2
 import pytest
 from pydantic import ValidationError
 
 from llama_stack.errors import DeadlineExceededError, StackError, UpstreamError, UrlNotAllowedError
 from llama_stack.fetch import FetchConfig, Fetched, Fetcher, is_public
+from llama_stack.testing.network import (
+    HOSTILE_URLS,
+    INTERNAL,
+    OTHER,
+    PUBLIC,
+    StagedNetwork,
+    answering,
+    ok,
+    redirect,
+    serving,
+)
 
 if TYPE_CHECKING:
-    from httpcore2 import AsyncNetworkStream
+    pass
 
 pytestmark = pytest.mark.anyio
 
+Net = StagedNetwork
 CERTIFICATE = Path(__file__).with_name("fetch_certificate.pem")
 """For public.example, signed by itself; its key protects nothing but this test."""
-PUBLIC = "93.184.216.34"
-OTHER = "2606:2800:220:1:248:1893:25c8:1946"
-INTERNAL = "10.0.0.5"
-
-Handler = Callable[[bytes, asyncio.StreamWriter], Awaitable[None]]
-
-
-class Net:
-    """A network of names and addresses of its own: public addresses lead to servers of the test, all others nowhere."""
-
-    def __init__(self) -> None:
-        self.names: dict[str, list[Sequence[str]]] = {
-            "localhost": [["127.0.0.1"]],
-            "metadata.google.internal": [["169.254.169.254"]],
-            "example.com": [["93.184.215.14"]],
-        }
-        self.ports: dict[str, int] = {}
-        self.honeypot = 0
-        """Connections to what should never be connected to."""
-
-    async def resolve(self, host: str, port: int) -> Sequence[str]:
-        if host in self.names:
-            answers = self.names[host]
-            return answers.pop(0) if len(answers) > 1 else answers[0]
-        numeric = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
-        return [str(found[4][0]) for found in numeric]
-
-    async def connect(self, address: str, port: int) -> AsyncNetworkStream:
-        if address not in self.ports:
-            self.honeypot += not is_public(address)
-            raise OSError(f"no server of this test is at {address}")
-        return await httpcore2.AnyIOBackend().connect_tcp("127.0.0.1", self.ports[address])
 
 
 @pytest.fixture
@@ -66,85 +42,32 @@ def net() -> Net:
     return Net()
 
 
-@asynccontextmanager
-async def serving(
-    net: Net, handler: Handler, *, address: str = PUBLIC, tls: bool = False
-) -> AsyncIterator[list[bytes]]:
-    """A server at a public address; yields the requests that it was sent."""
-    requests: list[bytes] = []
-    answers: set[asyncio.Task[None] | None] = set()
-
-    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        answers.add(asyncio.current_task())
-        with suppress(OSError, asyncio.IncompleteReadError):
-            requests.append(await reader.readuntil(b"\r\n\r\n"))
-            await handler(requests[-1], writer)
-            await writer.drain()
-        writer.close()
-        with suppress(OSError):
-            await writer.wait_closed()
-
-    context = None
-    if tls:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(CERTIFICATE)
-    server = await asyncio.start_server(handle, "127.0.0.1", 0, ssl=context)
-    net.ports[address] = server.sockets[0].getsockname()[1]
-    net.names.setdefault("public.example", [[address]])
-    try:
-        yield requests
-    finally:
-        await asyncio.gather(*filter(None, answers))
-        server.close()
-        await server.wait_closed()
-
-
-def answering(*parts: bytes) -> Handler:
-    async def handler(request: bytes, writer: asyncio.StreamWriter) -> None:
-        writer.writelines(parts)
-
-    return handler
-
-
-def ok(body: bytes, *headers: str) -> bytes:
-    lines = ["HTTP/1.1 200 OK", f"content-length: {len(body)}", *headers]
-    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
-
-
-def redirect(location: str, status: int = 302) -> bytes:
-    return f"HTTP/1.1 {status} Moved\r\nlocation: {location}\r\ncontent-length: 0\r\n\r\n".encode()
+def tls() -> ssl.SSLContext:
+    """What a server needs to be public.example."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(CERTIFICATE)
+    return context
 
 
 async def fetched(net: Net, url: str = "http://public.example/page", **config: object) -> Fetched:
     settings = FetchConfig.model_validate({"hosts": ("*",), "timeout_seconds": 20.0} | config)
-    fetcher = Fetcher(settings, network=net)
+    return await trusting(Fetcher(settings, network=net)).fetch(url)
+
+
+def trusting(fetcher: Fetcher) -> Fetcher:
+    """A fetcher that takes the certificate of ``tls`` for one."""
     fetcher._trust = ssl.create_default_context(cafile=CERTIFICATE)
-    return await fetcher.fetch(url)
+    return fetcher
 
 
-SSRF = [
-    "http://127.0.0.1/", "http://localhost/", "http://127.1/", "http://2130706433/", "http://0x7f000001/",
-    "http://0177.0.0.1/", "http://0/", "http://0.0.0.0/", "http://[::1]/", "http://[::]/", "http://[::ffff:127.0.0.1]/",
-    "http://[::ffff:7f00:1]/", "http://[64:ff9b::7f00:1]/", "http://[::127.0.0.1]/", "http://169.254.169.254/",
-    "http://[fd00:ec2::254]/", "http://metadata.google.internal/", "http://100.100.100.200/", "http://10.0.0.1/",
-    "http://192.168.0.1/", "http://172.16.0.1/", "http://100.64.0.1/", "http://198.18.0.1/",
-    "http://example.com@127.0.0.1/", "http://127.0.0.1\\@example.com/", "http://example.com\\@127.0.0.1/",
-    "http://example.com#@127.0.0.1/", "http://127.0.0.1%00.example.com/", "http://①②⑦.⓪.⓪.①/",
-    "http://127。0。0。1/", "http://LOCALHOST./", "http://[fe80::1%25lo]/", "http://93.184.216.34:6379/",
-    "gopher://127.0.0.1/", "ftp://127.0.0.1/", "file:///etc/passwd", "file://localhost/etc/passwd", "FILE:/etc/passwd",
-    " http://127.0.0.1/", "http:127.0.0.1", "http:///127.0.0.1", "data:text/plain;base64," + "A" * 400_000,
-]  # fmt: skip
-"""The 42 of the plan; what matters is the address behind them, never the spelling."""
-
-
-@pytest.mark.parametrize("url", SSRF, ids=lambda url: url[:40])
+@pytest.mark.parametrize("url", HOSTILE_URLS, ids=lambda url: url[:40])
 async def test_no_url_leads_inside(net: Net, url: str) -> None:
     """With every host allowed, the most that an operator can allow, nothing that is not public is connected."""
     with pytest.raises(StackError) as refused:
         await fetched(net, url, max_bytes=100_000)
     assert isinstance(refused.value, UrlNotAllowedError) or "example.com#" in url
     assert net.honeypot == 0
-    assert len(SSRF) == 42
+    assert len(HOSTILE_URLS) == 42
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
@@ -158,7 +81,7 @@ async def test_a_redirect_to_this_machine_is_not_followed(net: Net, status: int)
 
 async def test_a_redirect_from_https_to_http_is_not_followed(net: Net) -> None:
     """What was asked for in secret must not be sent in the clear."""
-    async with serving(net, answering(redirect("http://public.example/")), tls=True) as requests:
+    async with serving(net, answering(redirect("http://public.example/")), tls=tls()) as requests:
         with pytest.raises(UrlNotAllowedError, match="from https to http"):
             await fetched(net, "https://public.example/")
         assert len(requests) == 1
@@ -362,7 +285,7 @@ async def test_a_handshake_that_never_ends_is_given_up(net: Net) -> None:
 async def test_a_certificate_must_be_for_the_name(net: Net) -> None:
     """The address was chosen by us; that it is the right server, only the certificate says."""
     net.names["wrong.example"] = [[PUBLIC]]
-    async with serving(net, answering(ok(b"secret")), tls=True):
+    async with serving(net, answering(ok(b"secret")), tls=tls()):
         assert (await fetched(net, "https://public.example/")).body == b"secret"
         with pytest.raises(UpstreamError):
             await fetched(net, "https://wrong.example/")
@@ -497,7 +420,10 @@ def test_what_is_public(address: str, is_on_it: bool) -> None:
 
 
 def test_nobody_else_follows_a_url() -> None:
-    """One place to guard: other HTTP clients have an operator's address, the stack's client and that of MCP servers."""
+    """One place to guard: other HTTP clients have an operator's address, the stack's client and that of MCP servers.
+
+    The network of a test's own connects to this machine alone, and the conformance kit to the server that it tries.
+    """
     import ast
 
     root = Path(__file__).resolve().parents[1]
@@ -511,4 +437,68 @@ def test_nobody_else_follows_a_url() -> None:
                 if any(name.partition(".")[0] in clients or name == "urllib.request" for name in names):
                     found.add(str(file.relative_to(root)))
     mcp = "providers/agents/llama_stack_agents/tools/mcp.py"
-    assert found == {"llama_stack/fetch.py", "llama_stack/client/connection.py", mcp}
+    tests = {"llama_stack/testing/network.py", "llama_stack/testing/conformance/subject.py"}
+    assert found == {"llama_stack/fetch.py", "llama_stack/client/connection.py", mcp, *tests}
+
+
+async def test_a_service_is_sent_its_headers_and_body_and_every_status_comes_back(net: Net) -> None:
+    """What a service says of a failure is in its body."""
+    refused = ok(b'{"error": "no"}', "content-type: application/json", status="401 Unauthorized")
+    async with serving(net, answering(refused)) as requests:
+        fetcher = of_service(net, "http://public.example/api")
+        answer = await fetcher.ask("http://public.example/api/x?y=1", headers={"X-Key": "secret"}, body=b'{"q":1}')
+    assert answer == Fetched("http://public.example/api/x?y=1", b'{"error": "no"}', "application/json", 401)
+    assert requests[0].startswith(b"POST /api/x?y=1 HTTP/1.1\r\n")
+    assert b"x-key: secret\r\n" in requests[0].lower()
+    assert requests[0].endswith(b'\r\n\r\n{"q":1}')
+
+
+@pytest.mark.parametrize("location", ["http://127.0.0.1/", "http://public.example/elsewhere", "https://other.example/"])
+async def test_a_service_is_not_followed_elsewhere(net: Net, location: str) -> None:
+    """Its key is for this server alone."""
+    async with serving(net, answering(redirect(location))) as requests:
+        with pytest.raises(UpstreamError, match="redirects"):
+            await of_service(net, "http://public.example/").ask("http://public.example/", headers={"X-Key": "secret"})
+        assert len(requests) == 1
+    assert net.honeypot == 0
+
+
+async def test_a_service_is_one_host_at_one_port(net: Net) -> None:
+    """A part of its URL that a model chose must not lead to a neighbour."""
+    fetcher = of_service(net, "http://public.example/")
+    for url in ("http://other.example/", "http://public.example:8080/", "https://public.example/", "data:,x"):
+        with pytest.raises(UrlNotAllowedError):
+            await fetcher.ask(url, headers={})
+
+
+async def test_a_service_inside_is_asked_only_where_the_operator_says_that_it_is_inside(net: Net) -> None:
+    """A name that was public yesterday may lead to this machine today."""
+    net.names["search.local"] = [[INTERNAL]]
+    async with serving(net, answering(ok(b"inside")), address=INTERNAL) as requests:
+        with pytest.raises(UrlNotAllowedError, match="not public"):
+            await of_service(net, "http://search.local:8080/").ask("http://search.local:8080/", headers={})
+        fetcher = of_service(net, "http://search.local:8080/", is_private=True)
+        assert (await fetcher.ask("http://search.local:8080/", headers={})).body == b"inside"
+        assert len(requests) == 1
+
+
+async def test_a_service_that_takes_too_long_is_given_up(net: Net) -> None:
+    """With a time of its own."""
+    async with serving(net, hanging):
+        with pytest.raises(DeadlineExceededError, match=r"in 0\.3 s"):
+            await of_service(net, "http://public.example/").ask("http://public.example/", headers={})
+
+
+async def test_an_answer_that_is_not_wanted_is_not_read(net: Net) -> None:
+    """A page that is not there may be of any size."""
+    async with serving(net, answering(b"HTTP/1.1 404 Gone\r\ncontent-length: 999999999\r\n\r\n")):
+        with pytest.raises(UpstreamError, match="answered with 404"):
+            await fetched(net)
+
+
+async def hanging(request: bytes, writer: asyncio.StreamWriter) -> None:
+    await asyncio.sleep(1)
+
+
+def of_service(net: Net, url: str, *, is_private: bool = False) -> Fetcher:
+    return Fetcher.of_service(url, is_private=is_private, max_bytes=1000, timeout_seconds=0.3, network=net)

@@ -325,7 +325,7 @@ async def test_the_plugin_on_the_page_works_as_it_is_printed(site: Path) -> None
         assert answer.violation.details == "password"
 
 
-@pytest.mark.parametrize("block", BLOCKS[2:], ids=re.findall(r"^### (\w+)$", PAGE, re.MULTILINE)[1:])
+@pytest.mark.parametrize("block", BLOCKS[2:], ids=lambda block: re.findall(r"def (llama_stack_\w+)", block)[0])
 def test_each_example_of_a_hook_declares_what_it_says(block: str, site: Path) -> None:
     """Each stands alone, as an author would try it."""
     install(site, "example", {"acme_example": block}, {"example": "acme_example"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from llama_stack.apis.safety import RunShieldRequest, RunShieldResponse
 from llama_stack.distribution import Distribution, check_distribution
 from llama_stack.distribution.schema import json_schema
 from llama_stack.errors import InvalidRequestError, NotFoundError, ProviderStartError, UnavailableError
-from llama_stack.plugins import ProviderSpec, ToolSpec, discover, hookimpl
+from llama_stack.plugins import Permission, ProviderSpec, ToolSpec, discover, hookimpl
 from llama_stack.registry import NeedKind, Registry, needs
 from llama_stack.stack import Stack, running
 from llama_stack.testing.stub_inference import stub
@@ -149,6 +150,23 @@ class Greeting(Config):
     word: str = "Hello"
 
 
+class Reach(Config):
+    """What is reached for."""
+
+    hosts: tuple[str, ...] = ()
+    program: bool = False
+
+
+class Reaching(Tool):
+    definition = ToolDefinition(tool_name="reach")
+
+    async def run(self, arguments: Mapping[str, Any]) -> Content:
+        return "reached"
+
+    def readiness_details(self) -> Mapping[str, str]:
+        return {"notice": "it reaches"}
+
+
 class House:
     """A plugin with tools of every temper, and a provider that is given them."""
 
@@ -176,7 +194,20 @@ class House:
         async def start_odd() -> AsyncIterator[Tool]:
             yield object()  # type: ignore[misc]  # which is the point
 
+        @asynccontextmanager
+        async def start_reach(config: Reach) -> AsyncIterator[Tool]:
+            yield Reaching()
+
         return [
+            ToolSpec(
+                name="reach",
+                start=start_reach,
+                config=Reach,
+                permissions={
+                    Permission.NETWORK: lambda config: config.hosts,
+                    Permission.PROCESSES: lambda config: ["curl"] if config.program else [],
+                },
+            ),
             ToolSpec(name="greet", start=start_greet, config=Greeting),
             ToolSpec(name="broken", start=start_broken),
             ToolSpec(name="odd", start=start_odd),
@@ -271,4 +302,83 @@ def test_tools_of_a_distribution_are_checked_and_in_its_schema(tmp_path: Path) -
     assert "did you mean 'word'" in faults[2]
     assert any("is on line 5 already" in fault for fault in faults[3:])
     schema = json_schema(registry)["properties"]["tools"]
-    assert {entry["title"] for entry in schema["items"]["anyOf"]} == {"greet", "broken", "odd"}
+    assert {entry["title"] for entry in schema["items"]["anyOf"]} == {"reach", "greet", "broken", "odd"}
+
+
+@pytest.mark.parametrize(
+    ("config", "granted", "told"),
+    [
+        ({}, [], ""),
+        ({"hosts": ["a.example"]}, ["network"], ""),
+        ({"hosts": ["a.example"]}, ["network", "files"], ""),
+        ({"hosts": ["a.example"], "program": True}, ["network", "processes"], ""),
+        ({"hosts": ["a.example"]}, [], "asks for network, which its entry does not permit"),
+        ({"hosts": ["a.example"], "program": True}, ["network"], "asks for processes, which"),
+        ({"hosts": ["a.example"], "program": True}, ["files"], "asks for network, processes, which"),
+    ],
+)
+async def test_a_tool_that_asks_for_more_than_its_entry_permits_is_refused(
+    config: dict[str, Any], granted: list[str], told: str, tmp_path: Path
+) -> None:
+    """By the check, at the entry's place, and by the start; what it asks for depends on what it is to do."""
+    entry = {"tool": "reach", "config": config, "permissions": granted}
+    file = tmp_path / "t.yaml"
+    file.write_text(json.dumps({"version": 1, "name": "t", "tools": [entry]}))
+    faults = [str(fault) for fault in check_distribution(file, environ={}, registry=Registry(discover([House()])[:1]))]
+    stack = stack_of(House(), tmp_path, {"tool": "greet"}, entry)
+    if told:
+        assert len(faults) == 1
+        assert "tools[0].permissions" in faults[0]
+        assert told in faults[0]
+        with pytest.raises(ProviderStartError, match=told):
+            await stack.start()
+        await stack.stop()
+        return
+    assert faults == []
+    async with running(stack):
+        details = stack.status()[-1].details
+        asked = ", ".join(name for name in ("network", "processes") if name in granted and config)
+        assert details == ({"permissions": asked} if asked else {}) | {"notice": "it reaches"}
+
+
+def test_a_permission_that_there_is_not_is_a_fault(tmp_path: Path) -> None:
+    """A misspelt one would grant nothing, and look as if it did."""
+    file = tmp_path / "t.yaml"
+    file.write_text("version: 1\nname: t\ntools:\n  - tool: reach\n    permissions: [netwrok]\n")
+    faults = [str(fault) for fault in check_distribution(file, environ={}, registry=Registry(discover([House()])[:1]))]
+    assert len(faults) == 1
+    assert "5:19" in faults[0]
+    assert "network" in faults[0]
+
+
+def test_a_plugin_that_cannot_say_what_it_asks_for_is_its_authors_fault(tmp_path: Path) -> None:
+    """The check goes on, and a declaration of the wrong kind is refused where it is made."""
+
+    @asynccontextmanager
+    async def start() -> AsyncIterator[Tool]:
+        yield Reaching()
+
+    def raising(config: Config) -> list[str]:
+        raise KeyError("host")
+
+    class Careless:
+        @hookimpl
+        def llama_stack_tools(self) -> list[ToolSpec]:
+            return [ToolSpec(name="careless", start=start, permissions={Permission.FILES: raising})]
+
+    file = tmp_path / "t.yaml"
+    file.write_text("version: 1\nname: t\ntools:\n  - tool: careless\n")
+    faults = [str(f) for f in check_distribution(file, environ={}, registry=Registry(discover([Careless()])[:1]))]
+    assert ["cannot say what it asks for" in fault for fault in faults] == [True]
+    with pytest.raises(TypeError, match="permissions"):
+        ToolSpec(name="x", start=start, permissions={"network": raising})  # type: ignore[dict-item]
+
+
+async def test_an_entry_says_how_long_a_call_may_take(tmp_path: Path) -> None:
+    """One tool is slow by nature, another one must not be."""
+    house = House()
+    entries = ({"tool": "greet"}, {"tool": "reach", "timeout_seconds": 1.5})
+    async with running(stack_of(house, tmp_path, *entries)):
+        assert house.tools is not None
+        assert house.tools.timeout_seconds("say_hello") is None
+        assert house.tools.timeout_seconds("reach") == 1.5

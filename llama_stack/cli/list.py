@@ -63,6 +63,25 @@ def providers(plugins_dir: Path | None, as_json: bool) -> None:
     _warn([*known.faults, *known.duplicates])
 
 
+@command.command(name="tools")
+@plugins_dir
+@as_json
+def tools(plugins_dir: Path | None, as_json: bool) -> None:
+    """List the tools that a distribution may name, and what each may ask to touch."""
+    known = registry(plugins_dir)
+    rows: list[Row] = [
+        {
+            "tool": found.spec.name,
+            "package": found.plugin.label,
+            "permissions": ", ".join(found.spec.permissions) or None,
+            "description": found.spec.description,
+        }
+        for found in known.tools()
+    ]
+    show(rows, ("tool", "package", "permissions", "description"), as_json=as_json)
+    _warn([*known.faults, *known.duplicates])
+
+
 @command.command(name="plugins")
 @plugins_dir
 @as_json

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path as FilePath
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from ..apis.config import Config, InnerProvider
 from ..apis.contract import Api
@@ -210,7 +210,9 @@ class _Check:
                 self._refuse(name, (*path, key), error)
                 continue
             spec = installed.spec
-            self._config(spec.config, item, path)
+            config = self._config(spec.config, item, path)
+            if isinstance(spec, ToolSpec) and config is not None:
+                self._permissions(cast("Installed[ToolSpec]", installed), config, item, path)
             given = _text_of(item, "id")
             id = str(given.value) if given is not None else spec.name
             if first.setdefault(id, name.mark) is not name.mark:
@@ -273,12 +275,28 @@ class _Check:
             self._fault(mark, path, what, f"report it to the authors of {installed.plugin.package}")
         return not problems
 
-    def _config(self, model: type[Config], item: nodes.Mapping, path: Path) -> None:
+    def _config(self, model: type[Config], item: nodes.Mapping, path: Path) -> Config | None:
         node = item.entries.get("config", nodes.Mapping(item.mark))
         if isinstance(node, nodes.Mapping):
             if "config" in item.marks and not node.entries:
                 node = nodes.Mapping(item.marks["config"])
-            validate(model, node, (*path, "config"), self.source.hidden, self.faults)
+            return validate(model, node, (*path, "config"), self.source.hidden, self.faults)
+        return None
+
+    def _permissions(self, installed: Installed[ToolSpec], config: Config, item: nodes.Mapping, path: Path) -> None:
+        """A permission that a tool asks for and its entry does not grant."""
+        spec, mark = installed.spec, item.marks.get("permissions", item.mark)
+        granted = {each.value for each in _items(item.entries.get("permissions")) if isinstance(each, Scalar)}
+        try:
+            asked = spec.asked(config)
+        except Exception as error:  # a plugin's
+            what = f"tool {spec.name!r} of {installed.plugin.label} cannot say what it asks for: {error!r}"
+            self._fault(mark, path, what, f"report it to the authors of {installed.plugin.package}")
+            return
+        if missing := [permission.value for permission in asked if permission not in granted]:
+            remedy = f"if it may touch that, write 'permissions: [{', '.join(asked)}]'"
+            what = f"tool {spec.name!r} asks for {listed(missing)}, which its entry does not permit"
+            self._fault(mark, (*path, "permissions"), what, remedy)
 
     def _distinct(self, entries: list[_Entry]) -> None:
         first: dict[tuple[type[Api], str], _Entry] = {}

@@ -12,6 +12,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, JsonValue, field_validator, model_validator
 
 from ..apis.config import NAME_PATTERN, Config
+from ..tools import Permission
 
 ORIGIN_PATTERN = r"^https?://[^/\s]+$"
 
@@ -57,6 +58,10 @@ class ToolEntry(Config):
     """What it is called in this distribution, where one tool is listed several times; its own name when left out."""
     optional: bool = False
     """Whether the stack starts without it: a call then tells the model the reason, and the start is tried again."""
+    permissions: tuple[Permission, ...] = ()
+    """What the tool may touch: ``network``, ``files``, ``processes``. One that asks for more is refused."""
+    timeout_seconds: Seconds | None = None
+    """How long a call may take; what the agents' provider says of all tools when left out."""
     config: dict[str, JsonValue] = Field(default_factory=dict)
     """The tool's own settings."""
 

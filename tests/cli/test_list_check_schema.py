@@ -33,9 +33,16 @@ def test_providers_are_listed_with_their_package(run: Run) -> None:
     assert found == sorted(found)
 
 
+def test_tools_are_listed_with_what_they_may_ask_to_touch(run: Run) -> None:
+    """An operator decides by it what to permit; one that asks for nothing says that too."""
+    found = {str(row["tool"]): row["permissions"] for row in rows(run("list", "tools", "--json"))}
+    assert found["web_search"] == "network, files"
+    assert found["math"] is None
+
+
 def test_a_table_has_the_same_rows_as_its_json(run: Run) -> None:
     """People read the one and programs the other."""
-    for what in ("apis", "providers", "plugins", "distributions"):
+    for what in ("apis", "providers", "tools", "plugins", "distributions"):
         table = run("list", what)
         found = rows(run("list", what, "--json"))
         lines = table.out.splitlines()

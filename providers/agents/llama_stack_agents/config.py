@@ -62,5 +62,7 @@ class AgentsConfig(Config):
     """How long a call of a tool may take; after that the model reads that it took too long."""
     max_tool_characters: int = Field(default=20_000, ge=1)
     """The longest answer of a tool that a model is given; of a longer one it reads how long it was."""
+    max_attachment_characters: int = Field(default=8_000_000, ge=1)
+    """The longest URLs, ``data:`` ones with what they hold, that an answer of a tool may attach, all together."""
     fetch: FetchConfig = FetchConfig()
     """What of the URLs of attachments may be read."""

@@ -6,13 +6,15 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
 from llama_stack.apis import AgenticSystem, Inference, MemoryBanks, Safety
-from llama_stack.plugins import ProviderSpec, ToolSpec, hookimpl
+from llama_stack.plugins import Permission, ProviderSpec, ToolSpec, hookimpl
 from llama_stack.storage import Database
 from llama_stack.tools import Tool, Tools, ToolSource
 
 from .config import AgentsConfig
+from .tools.image_gen import ImageGenConfig
 from .tools.mcp import McpConfig
 from .tools.sandbox import SandboxConfig
+from .tools.web_search import WebSearchConfig
 
 
 @asynccontextmanager
@@ -70,6 +72,23 @@ async def start_mcp(config: McpConfig) -> AsyncIterator[ToolSource]:
     yield await connected(config)
 
 
+@asynccontextmanager
+async def start_web_search(config: WebSearchConfig) -> AsyncIterator[Tool]:
+    """One engine, or an index of this machine's own documents."""
+    from .tools.web_search import started
+
+    async with started(config) as tool:
+        yield tool
+
+
+@asynccontextmanager
+async def start_image_gen(config: ImageGenConfig) -> AsyncIterator[Tool]:
+    """An image service, or patterns."""
+    from .tools.image_gen import image_gen
+
+    yield image_gen(config)
+
+
 @hookimpl
 def llama_stack_providers() -> Iterator[ProviderSpec]:
     """One provider of the agentic system."""
@@ -91,6 +110,40 @@ def llama_stack_tools() -> Iterator[ToolSpec]:
         start=start_code_interpreter,
         config=SandboxConfig,
         description="Python in a sandbox (bubblewrap)",
+        permissions={
+            Permission.PROCESSES: lambda config: ["bwrap"],
+            Permission.FILES: lambda config: list(map(str, config.folders)),
+        },
     )
-    yield ToolSpec(name="mcp", start=start_mcp, config=McpConfig, description="The tools of an MCP server")
+    yield ToolSpec(
+        name="mcp",
+        start=start_mcp,
+        config=McpConfig,
+        description="The tools of an MCP server",
+        permissions={
+            Permission.PROCESSES: lambda config: config.command[:1],
+            Permission.NETWORK: lambda config: [config.url] if config.url else [],
+        },
+    )
+    yield ToolSpec(
+        name="web_search",
+        start=start_web_search,
+        config=WebSearchConfig,
+        description="Brave Search, Tavily, SearXNG, or a local index of documents",
+        permissions={
+            Permission.NETWORK: lambda config: [config.engine.url] if config.engine.kind != "local" else [],
+            Permission.FILES: lambda config: [str(config.engine.folder)] if config.engine.kind == "local" else [],
+        },
+    )
+    yield ToolSpec(
+        name="image_gen",
+        start=start_image_gen,
+        config=ImageGenConfig,
+        description="A service with OpenAI's images API, or patterns made without a model",
+        permissions={
+            Permission.NETWORK: lambda config: (
+                [config.engine.url, *config.engine.image_hosts] if config.engine.kind == "openai" else []
+            )
+        },
+    )
     yield ToolSpec(name="calculator", start=start_calculator, description="Arithmetic, for any other model")

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Sequence
 
 from llama_stack.apis.agentic_system import AgenticSystemCreateRequest
-from llama_stack.apis.common import Content, ToolCall, ToolDefinition, ToolResponse
+from llama_stack.apis.common import Attachment, Content, ToolCall, ToolDefinition, ToolResponse
 from llama_stack.errors import StackError, listed, nearest
 from llama_stack.tools import Tools, ToolSession, ToolSource
 
@@ -50,7 +50,7 @@ class Toolbox:
 
     async def run(self, call: ToolCall) -> ToolResponse:
         """What the tool answers, or why it did not, in words for the model. Only a cancellation ends it."""
-        seconds = self.config.tool_timeout_seconds
+        seconds = self._seconds(call)
         try:
             async with asyncio.timeout(seconds):
                 content = await self._call(call)
@@ -65,6 +65,10 @@ class Toolbox:
             logger.exception("tool %s failed", call.tool_name)
             content = "error: the tool failed"
         return ToolResponse(tool_name=call.tool_name, content=self._bounded(content))
+
+    def _seconds(self, call: ToolCall) -> float:
+        own = self.tools.timeout_seconds(call.tool_name) if call.tool_name in self.tools.names() else None
+        return own or self.config.tool_timeout_seconds
 
     @property
     def _available(self) -> Sequence[ToolDefinition]:
@@ -97,9 +101,15 @@ class Toolbox:
         items = content if isinstance(content, list) else [content]
         length = sum(len(item) for item in items if isinstance(item, str))
         most = self.config.max_tool_characters
-        if length <= most:
-            return content
-        return f"error: the tool answered {length} characters, and at most {most} are read; ask for less"
+        if length > most:
+            return f"error: the tool answered {length} characters, and at most {most} are read; ask for less"
+        attached, most = (
+            sum(len(item.url) for item in items if isinstance(item, Attachment)),
+            self.config.max_attachment_characters,
+        )
+        if attached > most:
+            return f"error: the tool attached {attached} characters, and at most {most} are taken; ask for less"
+        return content
 
 
 class HeldSession:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,8 @@ class Backend:
 
     is_running = True
 
-    def __init__(self, source: ToolSource) -> None:
+    def __init__(self, source: ToolSource, *, timeout_seconds: float | None = None) -> None:
+        self.timeout_seconds = timeout_seconds
         self.id = source.definitions[0].tool_name
         self._source = source
 
@@ -179,13 +180,15 @@ async def stage(
     instructions: str = "Be brief.",
     model: ScriptedInference | None = None,
     fetcher: Fetcher | None = None,
+    timeouts: Mapping[str, float] | None = None,
 ) -> AsyncIterator[Stage]:
     """An agent whose model gives these answers and whose tools are these functions."""
     settings = AgentsConfig.model_validate(config or {})
     scripted = model or ScriptedInference(*answers)
     safety = WordShields()
     all_served: list[ToolSource] = [*map(Tool.from_function, tools), *served]
-    toolset = Tools([Backend(tool) for tool in all_served])
+    seconds = timeouts or {}
+    toolset = Tools([Backend(tool, timeout_seconds=seconds.get(tool.definitions[0].tool_name)) for tool in all_served])
     async with open_store("sqlite::memory:", Path()) as store:
         database = store.database("test.agents")
         await database.migrate(MIGRATIONS)

@@ -67,6 +67,10 @@ def flood() -> str:
     return "x" * 30_000
 
 
+def paint() -> list[str | Attachment]:
+    return ["large", Attachment(url="data:image/png;base64," + "A" * 299_978, mime_type="image/png")]
+
+
 def picture() -> list[str | Attachment]:
     return ["a dot", Attachment(url="data:image/png;base64,AAAA", mime_type="image/png")]
 
@@ -153,20 +157,30 @@ async def test_calls_of_one_answer_run_side_by_side_and_answer_in_order(streamed
         (refuse, {}, r"error: try later"),
         (hang, {}, r"error: the tool took longer than 0\.05 s"),
         (flood, {}, r"error: the tool answered 30000 characters, and at most 20000 are read"),
+        (paint, {}, r"error: the tool attached 300000 characters, and at most 200000 are taken"),
     ],
-    ids=["bad", "missing", "unknown", "crash", "exit", "cancelled", "refusal", "hang", "flood"],
+    ids=["bad", "missing", "unknown", "crash", "exit", "cancelled", "refusal", "hang", "flood", "picture"],
 )
 async def test_a_tool_s_failure_is_the_tool_s_answer(
     tool: Callable[..., Any], arguments: dict[str, Any], told: str, streamed: bool
 ) -> None:
     """The model may try otherwise; the turn goes on, and our own words say nothing of the inside."""
-    config = {"tool_timeout_seconds": 0.05 if tool is hang else 60}
+    config = {"tool_timeout_seconds": 0.05 if tool is hang else 60, "max_attachment_characters": 200_000}
     async with stage([call(tool.__name__, **arguments)], ["I see."], tools=[tool], config=config) as on:
         turn = await on.turn("Go", streamed=streamed)
     assert kinds(turn) == ["model", "tool", "model"]
     (result,) = tool_results(turn)
     assert re.search(told, result)
     assert "canary" not in result
+
+
+@both
+async def test_a_tool_has_the_time_that_its_entry_gives_it(streamed: bool) -> None:
+    """A sandbox may take minutes where others have a second; the entry's word goes before that for all."""
+    tool = Tool.from_function(hang)
+    async with stage([call("hang")], ["I see."], served=[tool], timeouts={"hang": 0.05}) as on:
+        turn = await on.turn("Go", streamed=streamed)
+    assert tool_results(turn) == ["error: the tool took longer than 0.05 s"]
 
 
 @both

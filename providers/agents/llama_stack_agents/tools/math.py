@@ -158,6 +158,11 @@ def _real(function: Callable[..., float]) -> Callable[..., Number]:
     return lambda *arguments: function(*map(float, arguments))
 
 
+def _logarithm(function: Callable[..., float]) -> Callable[..., Number]:
+    """Of whole numbers as they are: they may be larger than any floating-point number."""
+    return lambda *arguments: function(*(int(each) if each == int(each) else float(each) for each in arguments))
+
+
 _SIGNS: Mapping[type[ast.unaryop], Callable[[Number], Number]] = {ast.UAdd: lambda a: a, ast.USub: lambda a: -a}
 _OPERATORS: Mapping[type[ast.operator], Callable[[Number, Number], Number]] = {
     ast.Add: operator.add,
@@ -181,10 +186,10 @@ _FUNCTIONS: Mapping[str, Callable[..., Number]] = {
     "gcd": _integer_of(math.gcd),
     "lcm": _integer_of(math.lcm),
     "exp": _real(math.exp),
-    "log": _real(math.log),
-    "ln": _real(math.log),
-    "log2": _real(math.log2),
-    "log10": _real(math.log10),
+    "log": _logarithm(math.log),
+    "ln": _logarithm(math.log),
+    "log2": _logarithm(math.log2),
+    "log10": _logarithm(math.log10),
     "sin": _real(math.sin),
     "cos": _real(math.cos),
     "tan": _real(math.tan),
