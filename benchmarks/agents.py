@@ -5,9 +5,9 @@
 
 The model is scripted: it answers at once, so what is left is ours. A turn has three steps: an inference that calls a
 tool, the tool, and an inference that answers. Beside it, in the same run, stand the same two answers asked for without
-an agent; the difference is the loop. On a machine that is busy with other work the clock measures that work too; the CPU
-time of this process, the store's thread among it, says what a turn itself costs. Agents live in a store on disk, as they
-do in a server; HTTP is not part of it.
+an agent; the difference is the loop. On a machine that is busy with other work the clock measures that work too; the
+CPU time of this process, the store's thread among it, says what a turn itself costs. Agents live in a store on disk, as
+they do in a server; HTTP is not part of it.
 A turn whose answer is wrong counts as an error, and any error fails the script.
 """
 
