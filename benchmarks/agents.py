@@ -5,7 +5,9 @@
 
 The model is scripted: it answers at once, so what is left is ours. A turn has three steps: an inference that calls a
 tool, the tool, and an inference that answers. Beside it, in the same run, stand the same two answers asked for without
-an agent; the difference is the loop. Agents live in a store on disk, as they do in a server; HTTP is not part of it.
+an agent; the difference is the loop. On a machine that is busy with other work the clock measures that work too; the
+CPU time of this process, the store's thread among it, says what a turn itself costs. Agents live in a store on disk, as
+they do in a server; HTTP is not part of it.
 A turn whose answer is wrong counts as an error, and any error fails the script.
 """
 
@@ -114,15 +116,19 @@ async def bare(model: ScriptedInference) -> bool:
     return await MATH.run(CALL.arguments) == "391"
 
 
-async def timed(turn: Callable[[], Awaitable[bool]], times: int) -> tuple[list[float], int]:
-    """The milliseconds of each of so many turns, one after the other, and how many went wrong."""
+async def timed(turn: Callable[[], Awaitable[bool]], times: int) -> tuple[list[float], list[float], int]:
+    """The milliseconds of each of so many turns, one after the other, by the clock and of this process's CPU time;
+    and how many went wrong.
+    """
     taken: list[float] = []
+    used: list[float] = []
     errors = 0
     for _ in range(times):
-        began = time.perf_counter()
+        began, began_cpu = time.perf_counter(), time.process_time()
         errors += not await turn()
         taken.append(1000 * (time.perf_counter() - began))
-    return taken, errors
+        used.append(1000 * (time.process_time() - began_cpu))
+    return taken, used, errors
 
 
 async def measured(turns: int, concurrent: int) -> int:
@@ -135,14 +141,15 @@ async def measured(turns: int, concurrent: int) -> int:
                 "streamed": lambda: streamed(provider),
             }
             wrong = 0
-            print(f"{'a 3-step turn, ms':24} {'p50':>8} {'p99':>8} {'p50 of the loop':>16}")
+            print(f"{'a 3-step turn, ms':24} {'p50':>8} {'p99':>8} {'p50 of the loop':>16} {'p50 of CPU time':>16}")
             base = 0.0
             for name, turn in kinds.items():
                 await timed(turn, max(10, turns // 10))
-                taken, errors = await timed(turn, turns)
+                taken, used, errors = await timed(turn, turns)
                 base = base or median(taken)
                 wrong += errors
-                print(f"{name:24} {median(taken):8.2f} {quantiles(taken, n=100)[98]:8.2f} {median(taken) - base:16.2f}")
+                p99, loop = quantiles(taken, n=100)[98], median(taken) - base
+                print(f"{name:24} {median(taken):8.2f} {p99:8.2f} {loop:16.2f} {median(used):16.2f}")
             began = time.perf_counter()
             done = await asyncio.gather(
                 *(plain(provider) if n % 2 else streamed(provider) for n in range(concurrent)), return_exceptions=True

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 
 from .apis.common import Message, ShieldConfig
-from .apis.safety import RunShieldRequest, Safety, Violation
+from .apis.safety import RunShieldRequest, RunShieldResponse, Safety, Violation
 from .errors import StackError
 
 logger = logging.getLogger("llama_stack.shields")
@@ -27,7 +27,8 @@ async def objection(
 ) -> Violation | None:
     """The first objection, in the order of ``shields``, to the last of ``messages``; they all judge at once.
 
-    A shield that raises, or takes longer than ``timeout_seconds``, objects: no verdict is no permission.
+    A shield that raises, answers something else, or takes longer than ``timeout_seconds``, objects: no verdict is no
+    permission.
     """
     verdicts = await asyncio.gather(*(_verdict(safety, shield, messages, timeout_seconds) for shield in shields))
     return next((violation for violation in verdicts if violation is not None), None)
@@ -81,12 +82,18 @@ async def _verdict(
     try:
         async with asyncio.timeout(timeout_seconds):
             request = RunShieldRequest(messages=list(messages), shield=shield)
-            return (await safety.run_shield(request)).violation
+            response: object = await safety.run_shield(request)  # whatever a stranger's provider makes of it
+        if isinstance(response, RunShieldResponse) and isinstance(response.violation, Violation | None):
+            return response.violation
+        reason = "its answer is no verdict"
     except TimeoutError:
         reason = f"it took longer than {timeout_seconds:g} s"
     except StackError as error:
         reason = error.detail
-    except Exception:  # a stranger's bug, and still no permission
+    except (Exception, SystemExit, asyncio.CancelledError) as error:  # a stranger's bug, and still no permission
+        task = asyncio.current_task()
+        if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+            raise
         logger.exception("shield %s failed", shield.shield_type)
         reason = "it failed; see the server's log"
     details = f"the shield {shield.shield_type!r} came to no verdict: {reason}"

@@ -13,8 +13,11 @@ parameter annotated with ``Tools`` is given all of them. A Python function with 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import contextvars
 import inspect
 import json
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -24,7 +27,10 @@ from typing import Any, Protocol, get_type_hints
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from .apis.common import Attachment, Content, ToolDefinition
-from .errors import InvalidRequestError, NotFoundError, listed
+from .errors import InvalidRequestError, NotFoundError, OverloadedError, listed
+
+MAX_THREADS = 64
+"""How many calls of one plain function run at a time."""
 
 
 class Permission(StrEnum):
@@ -99,8 +105,9 @@ class Tool(ToolSource):
     def from_function(function: Callable[..., Any], *, name: str | None = None) -> Tool:
         """A tool that calls a function, plain or async; its types are the schema, its docstring the description.
 
-        A plain function runs in a thread. What it returns is sent as text, or else as JSON. Raises ``TypeError`` for a
-        parameter that has no type, and for types that need more than one schema.
+        A plain function runs in a thread of its own, which nobody can stop: where ``MAX_THREADS`` of a tool's calls are
+        running it is refused with ``OverloadedError``. What it returns is sent as text, or else as JSON. Raises
+        ``TypeError`` for a parameter that has no type, and for types that need more than one schema.
         """
         return _FunctionTool(function, name or function.__name__)
 
@@ -157,6 +164,7 @@ def _names(backend: ToolBackend) -> list[str]:
 class _FunctionTool(Tool):
     def __init__(self, function: Callable[..., Any], name: str) -> None:
         self._function = function
+        self._threads = threading.BoundedSemaphore(MAX_THREADS)
         self._arguments = _model_of(function, name)
         schema = self._arguments.model_json_schema()
         if "$defs" in schema:
@@ -183,8 +191,31 @@ class _FunctionTool(Tool):
         if inspect.iscoroutinefunction(self._function):
             result = await self._function(**called)
         else:
-            result = await asyncio.to_thread(self._function, **called)
+            result = await self._in_thread(called)
         return _content(result)
+
+    async def _in_thread(self, arguments: dict[str, Any]) -> Any:
+        """Not in the threads that the whole server shares: calls that never end would take all of those."""
+        if not self._threads.acquire(blocking=False):
+            raise OverloadedError(f"{MAX_THREADS} calls of {self._definition.tool_name!r} are running; try again later")
+        done: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        context = contextvars.copy_context()
+
+        def work() -> None:
+            try:
+                done.set_result(context.run(self._function, **arguments))
+            except BaseException as error:  # also SystemExit: it is the caller's to judge
+                done.set_exception(RuntimeError(repr(error)) if isinstance(error, StopIteration) else error)
+            finally:
+                self._threads.release()
+
+        done.set_running_or_notify_cancel()  # a caller that gives up cannot take the result's place away
+        try:
+            threading.Thread(target=work, name=f"tool {self._definition.tool_name}", daemon=True).start()
+        except RuntimeError:  # the process may have no further thread
+            self._threads.release()
+            raise
+        return await asyncio.wrap_future(done)
 
 
 def _model_of(function: Callable[..., Any], name: str) -> type[BaseModel]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from typing import Any, cast
 
 import pytest
 
@@ -34,6 +35,14 @@ class Shields(Safety):
             raise OverloadedError("the guard's queue is full")
         if kind == "hangs":
             await asyncio.Event().wait()
+        if kind == "exits":
+            raise SystemExit(3)
+        if kind == "cancels":
+            raise asyncio.CancelledError
+        if kind == "junk":
+            return cast(RunShieldResponse, object())
+        if kind == "junk inside":
+            return RunShieldResponse.model_construct(violation=cast(Any, False))
         if kind == "objects":
             return RunShieldResponse(violation=Violation(violation_type="objects", details="as ever"))
         return RunShieldResponse()
@@ -51,7 +60,15 @@ async def test_nobody_objects() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "told"),
-    [("raises", "see the server's log"), ("refuses", "the guard's queue is full"), ("hangs", "longer than 0.05 s")],
+    [
+        ("raises", "see the server's log"),
+        ("refuses", "the guard's queue is full"),
+        ("hangs", "longer than 0.05 s"),
+        ("exits", "see the server's log"),
+        ("cancels", "see the server's log"),
+        ("junk", "no verdict"),
+        ("junk inside", "no verdict"),
+    ],
 )
 async def test_a_shield_without_a_verdict_objects(kind: str, told: str) -> None:
     """A guard that is down is the moment at which an attacker would like to be let through."""
@@ -60,6 +77,16 @@ async def test_a_shield_without_a_verdict_objects(kind: str, told: str) -> None:
     assert violation.violation_type == SHIELD_ERROR
     assert told in violation.details
     assert "canary" not in violation.details
+
+
+async def test_a_judgement_that_is_cancelled_is_cancelled() -> None:
+    """And answered by nobody: a client that leaves must not be told of an objection."""
+    task = asyncio.create_task(judged("hangs"))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
 
 
 async def test_shields_that_disagree_are_an_objection_and_the_first_in_order_is_told() -> None:

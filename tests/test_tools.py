@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,12 +19,12 @@ from llama_stack.apis.common import Attachment, Content, ToolDefinition
 from llama_stack.apis.safety import RunShieldRequest, RunShieldResponse
 from llama_stack.distribution import Distribution, check_distribution
 from llama_stack.distribution.schema import json_schema
-from llama_stack.errors import InvalidRequestError, NotFoundError, ProviderStartError, UnavailableError
+from llama_stack.errors import InvalidRequestError, NotFoundError, OverloadedError, ProviderStartError, UnavailableError
 from llama_stack.plugins import Permission, ProviderSpec, ToolSpec, discover, hookimpl
 from llama_stack.registry import NeedKind, Registry, needs
 from llama_stack.stack import Stack, running
 from llama_stack.testing.stub_inference import stub
-from llama_stack.tools import Tool, Tools
+from llama_stack.tools import MAX_THREADS, Tool, Tools
 
 pytestmark = pytest.mark.anyio
 
@@ -142,6 +144,52 @@ def test_a_function_that_cannot_be_described_is_refused_at_once(function: Callab
     """Not at its first call."""
     with pytest.raises(TypeError, match=function.__name__):
         Tool.from_function(function)
+
+
+async def test_calls_that_never_end_take_nobody_else_s_threads() -> None:
+    """Those of the server are few, and its shields and its store work in them; a tool's own are bounded too."""
+    release = threading.Event()
+
+    def hang() -> str:
+        release.wait()
+        return "released"
+
+    tool = Tool.from_function(hang)
+    calls = [asyncio.create_task(tool.run({})) for _ in range(MAX_THREADS)]
+    try:
+        await asyncio.sleep(0)
+        with pytest.raises(OverloadedError, match="calls of 'hang' are running"):
+            await tool.run({})
+        assert await asyncio.to_thread(lambda: "free") == "free"
+        calls[0].cancel()
+        with pytest.raises(OverloadedError):  # whoever gave up on it left it running
+            await tool.run({})
+    finally:
+        release.set()
+    assert await asyncio.gather(*calls[1:]) == ["released"] * (MAX_THREADS - 1)
+    assert await tool.run({}) == "released"
+
+
+async def test_what_a_plain_function_raises_reaches_its_caller() -> None:
+    """Whatever it is: an exception that the event loop knows must not leave the caller waiting."""
+
+    def stop(kind: str) -> str:
+        raise {"stop": StopIteration, "exit": SystemExit, "value": ValueError}[kind]
+
+    for kind, error in (("stop", RuntimeError), ("exit", SystemExit), ("value", ValueError)):
+        with pytest.raises(error):
+            await Tool.from_function(stop).run({"kind": kind})
+
+
+async def test_a_plain_function_knows_its_caller_s_context() -> None:
+    """Such as the request that a line of the log belongs to."""
+    request: ContextVar[str] = ContextVar("request", default="none")
+
+    def read() -> str:
+        return request.get()
+
+    request.set("r1")
+    assert await Tool.from_function(read).run({}) == "r1"
 
 
 class Greeting(Config):

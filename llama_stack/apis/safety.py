@@ -44,4 +44,8 @@ class Safety(Api, name="safety", routed_by="shield.shield_type"):
 
     @post("/safety/run_shield", extension=True)
     async def run_shield(self, request: RunShieldRequest) -> RunShieldResponse:
-        """Judge messages. Raises ``NotFoundError`` for a shield type that is not provided here."""
+        """Judge messages. Raises ``NotFoundError`` for a shield type that is not provided here.
+
+        Raises ``InvalidRequestError`` for ``params`` that the shield does not take, and only then for ``messages`` that
+        are none: so parameters can be checked before there is anything to judge.
+        """

@@ -27,7 +27,10 @@ class Limits(Config):
     seconds: float = Field(default=300.0, gt=0, le=86_400)
     """How long the turn may take."""
     tokens: int = Field(default=4096, ge=1)
-    """How many tokens the model may write, over all its answers; a streamed piece counts as one."""
+    """How many tokens the model may write, over all its answers.
+
+    A streamed piece of text counts as one, a call as one for each four characters of its arguments.
+    """
     repeats: int = Field(default=3, ge=1)
     """How often the same call, by name and arguments, may be made."""
     calls: int = Field(default=32, ge=1, le=1000)
@@ -64,5 +67,9 @@ class AgentsConfig(Config):
     """The longest answer of a tool that a model is given; of a longer one it reads how long it was."""
     max_attachment_characters: int = Field(default=8_000_000, ge=1)
     """The longest URLs, ``data:`` ones with what they hold, that an answer of a tool may attach, all together."""
+    max_tool_attachment_characters: int = Field(default=16 * 1024 * 1024, ge=0)
+    """How much all tools of a turn may attach together, as URLs; an answer beyond it is refused, and the model told."""
+    max_attached_bytes: int = Field(default=16 * 1024 * 1024, ge=0)
+    """How long the texts that a client attaches may be together, those of earlier turns among them."""
     fetch: FetchConfig = FetchConfig()
     """What of the URLs of attachments may be read."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import suppress
 
@@ -15,7 +16,8 @@ from llama_stack.apis.agentic_system import (
     AgenticSystemExecuteResponse,
     AgenticSystemExecuteResponseStreamChunk,
 )
-from llama_stack.apis.common import Role
+from llama_stack.apis.common import Role, ShieldConfig
+from llama_stack.apis.safety import RunShieldRequest
 from llama_stack.errors import FieldFault, InvalidRequestError, ModelNotFoundError, NotFoundError, listed
 from llama_stack.turns import turn_of
 
@@ -23,6 +25,8 @@ from .store import Agents
 from .turn import Services, TurnLoop
 
 Chunk = AgenticSystemExecuteResponseStreamChunk
+logger = logging.getLogger("llama_stack.agents")
+
 QUEUED_CHUNKS = 16
 """How far a turn may run ahead of a client that reads slowly."""
 
@@ -110,22 +114,41 @@ class AgentsProvider(AgenticSystem):
             banks = [bank.uuid async for bank in await services.banks.list_banks()] if services.banks else []
             if gone := set(agent.memory_bank_uuids) - set(banks):
                 faults.append(_fault("/memory_bank_uuids", f"memory banks that do not exist here: {listed(gone)}"))
+        names: set[str] = set()
+        for number, tool in enumerate(agent.available_tools):
+            if tool.tool_name in names:
+                what = f"tool {tool.tool_name!r} stands there twice; which shields would hold?"
+                faults.append(FieldFault(f"/available_tools/{number}/tool_name", "duplicate", what))
+            names.add(tool.tool_name)
         served_shields = await services.safety.shields() if services.safety else []
         for pointer, shield in _shields(agent):
-            if shield not in served_shields:
-                served = listed(served_shields)
-                faults.append(_fault(pointer, f"shield {shield!r} is not served here; served: {served}"))
+            if shield.shield_type not in served_shields:
+                what = f"shield {shield.shield_type!r} is not served here; served: {listed(served_shields)}"
+                faults.append(_fault(pointer, what))
+            elif told := await self._fault_of_params(shield):
+                faults.append(FieldFault(f"{pointer}/params", "invalid", told))
         if faults:
             raise InvalidRequestError(faults[0].detail, faults=faults)
 
+    async def _fault_of_params(self, shield: ShieldConfig) -> str | None:
+        """Why a shield would object to everything: it does not take its parameters."""
+        assert self._services.safety is not None
+        try:
+            await self._services.safety.run_shield(RunShieldRequest(messages=[], shield=shield))
+        except InvalidRequestError as error:
+            return error.detail if error.param == "params" else None
+        except Exception:  # it is down, or a stranger's that does not expect this: its turns will fail closed
+            logger.debug("the parameters of shield %s could not be checked", shield.shield_type, exc_info=True)
+        return None
 
-def _shields(agent: AgenticSystemCreateRequest) -> list[tuple[str, str]]:
+
+def _shields(agent: AgenticSystemCreateRequest) -> list[tuple[str, ShieldConfig]]:
     """Every shield that the agent names, with its place."""
     lists = [("/input_shields", agent.input_shields), ("/output_shields", agent.output_shields)]
     for number, tool in enumerate(agent.available_tools):
         lists.append((f"/available_tools/{number}/input_shields", tool.input_shields))
         lists.append((f"/available_tools/{number}/output_shields", tool.output_shields))
-    return [(f"{place}/{n}", shield.shield_type) for place, shields in lists for n, shield in enumerate(shields)]
+    return [(f"{place}/{n}", shield) for place, shields in lists for n, shield in enumerate(shields)]
 
 
 def _fault(pointer: str, detail: str) -> FieldFault:

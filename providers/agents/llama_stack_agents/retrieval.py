@@ -32,14 +32,22 @@ def text_of(content: Content) -> str:
 
 
 async def retrieve(
-    banks: MemoryBanks, bank_uuids: Sequence[str], question: str, settings: Retrieval
+    banks: MemoryBanks | None, bank_uuids: Sequence[str], question: str, settings: Retrieval
 ) -> list[MemoryBankDocument]:
     """The best pieces of all banks, best first, each with its bank and score among its metadata.
 
-    In the place of a bank that is gone stands a document that says so, under ``error``.
+    After them stands, for each bank that is gone, a document that says so, under ``error``; ``banks`` is ``None`` where
+    all of them are.
     """
-    found = await asyncio.gather(*(_query(banks, bank, question, settings) for bank in bank_uuids))
-    pieces = sorted((piece for bank in found for piece in bank), key=_score, reverse=True)
+    queries = [_query(banks, bank, question, settings) for bank in dict.fromkeys(bank_uuids)]
+    tasks = [asyncio.ensure_future(query) for query in queries]
+    try:
+        found = await asyncio.gather(*tasks)
+    finally:  # one that fails does not stop the others by itself
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+    pieces = sorted((piece for bank in found for piece in bank if not is_gone(piece)), key=_score, reverse=True)
     kept: list[MemoryBankDocument] = []
     room = settings.max_characters
     for piece in pieces[: settings.documents]:
@@ -47,15 +55,20 @@ async def retrieve(
         if length <= room:
             kept.append(piece)
             room -= length
-    return kept
+    return [*kept, *(piece for bank in found for piece in bank if is_gone(piece))]
+
+
+def is_gone(document: MemoryBankDocument) -> bool:
+    """Whether it stands for a bank that is gone; documents may have a key ``error`` of their own."""
+    return ERROR in document.metadata and document.uuid == document.metadata.get(BANK)
 
 
 def with_context(messages: Sequence[Message], documents: Sequence[MemoryBankDocument]) -> list[Message]:
     """The messages, the last one of a user told together with what was found."""
-    passages = "\n\n".join(each.content.decode() for each in documents if ERROR not in each.metadata)
+    passages = "\n\n".join(each.content.decode("utf-8", "replace") for each in documents if not is_gone(each))
     told = list(messages)
-    position = max(index for index, message in enumerate(told) if message.role is Role.USER)
-    if passages:
+    position = max((index for index, message in enumerate(told) if message.role is Role.USER), default=None)
+    if passages and position is not None:
         told[position] = told[position].model_copy(update={"content": _asked(passages, told[position].content)})
     return told
 
@@ -67,9 +80,11 @@ def _asked(passages: str, content: Content) -> Content:
     return [lead, content] if isinstance(content, Attachment) else [lead, *content]
 
 
-async def _query(banks: MemoryBanks, bank: str, question: str, settings: Retrieval) -> list[MemoryBankDocument]:
+async def _query(banks: MemoryBanks | None, bank: str, question: str, settings: Retrieval) -> list[MemoryBankDocument]:
     request = QueryRequest(bank_uuid=bank, text=question[:MAX_QUERY_CHARACTERS], k=settings.documents)
     try:
+        if banks is None:
+            raise NotFoundError(f"bank {bank!r} does not exist here: no memory banks are served any more")
         answer = await banks.query(request)
     except NotFoundError as error:
         return [_document(bank, error.detail, {BANK: bank, SCORE: 0.0, ERROR: error.code})]

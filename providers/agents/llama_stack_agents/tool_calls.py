@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from llama_stack.apis.agentic_system import AgenticSystemCreateRequest
 from llama_stack.apis.common import Attachment, Content, ToolCall, ToolDefinition, ToolResponse
-from llama_stack.errors import StackError, listed, nearest
+from llama_stack.errors import StackError, UnavailableError, listed, nearest
 from llama_stack.tools import Tools, ToolSession, ToolSource
 
 from .config import AgentsConfig
@@ -28,7 +28,7 @@ class Toolbox:
         self.tools = tools
         self.config = config
         self._sessions: dict[ToolSource, HeldSession] = {}
-        self._opening = asyncio.Lock()
+        self._attached_characters = 0
 
     async def __aenter__(self) -> Toolbox:
         return self
@@ -40,13 +40,13 @@ class Toolbox:
         """The tools as the model is told of them: what the agent leaves out of one that is served, the tool says."""
         return [self._told(tool) if tool.tool_name in self.agent.executable_tools else tool for tool in self._available]
 
-    def definition(self, call: ToolCall) -> ToolDefinition | None:
-        """What the agent's creator said of the tool that is called, or ``None`` for one that the agent has not."""
-        return next((tool for tool in self._available if tool.tool_name == call.tool_name), None)
+    def definition(self, tool_name: str) -> ToolDefinition | None:
+        """What the agent's creator said of the tool of that name, or ``None`` for one that the agent has not."""
+        return next((tool for tool in self._available if tool.tool_name == tool_name), None)
 
     def is_for_client(self, call: ToolCall) -> bool:
         """Whether the tool is available and not ours to run. A tool that there is not is ours to say so of."""
-        return self.definition(call) is not None and call.tool_name not in self.agent.executable_tools
+        return self.definition(call.tool_name) is not None and call.tool_name not in self.agent.executable_tools
 
     async def run(self, call: ToolCall) -> ToolResponse:
         """What the tool answers, or why it did not, in words for the model. Only a cancellation ends it."""
@@ -75,19 +75,17 @@ class Toolbox:
         return self.agent.available_tools
 
     async def _call(self, call: ToolCall) -> Content:
-        if self.definition(call) is None:
+        if self.definition(call.tool_name) is None:
             names = [tool.tool_name for tool in self._available]
             return f"error: there is no tool {call.tool_name!r}{nearest(call.tool_name, names)}; tools: {listed(names)}"
         session = await self._session(self.tools.find(call.tool_name))
         return await session.call(call.tool_name, call.arguments)
 
     async def _session(self, source: ToolSource) -> ToolSession:
-        async with self._opening:  # calls side by side share one
-            held = self._sessions.get(source)
-            if held is None:
-                held = HeldSession(source)
-                self._sessions[source] = held
-            return await held.opened()
+        held = self._sessions.get(source)
+        if held is None or held.has_failed:
+            held = self._sessions[source] = HeldSession(source)  # calls side by side share one
+        return await held.opened()
 
     def _told(self, given: ToolDefinition) -> ToolDefinition:
         try:
@@ -109,6 +107,10 @@ class Toolbox:
         )
         if attached > most:
             return f"error: the tool attached {attached} characters, and at most {most} are taken; ask for less"
+        most = self.config.max_tool_attachment_characters - self._attached_characters
+        if attached > most:
+            return f"error: the tool attached {attached} characters, and {most} are left for this turn; ask for less"
+        self._attached_characters += attached
         return content
 
 
@@ -120,28 +122,40 @@ class HeldSession:
         self._session: asyncio.Future[ToolSession] = asyncio.get_running_loop().create_future()
         self._task = asyncio.create_task(self._hold(source))
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether opening it came to nothing; another attempt may fare better."""
+        return self._session.done() and self._session.exception() is not None
+
     async def opened(self) -> ToolSession:
         """The session. Raises what opening it raised."""
         return await asyncio.shield(self._session)
 
     async def close(self) -> None:
-        """Leave the session; one that takes long over it is cancelled."""
+        """Leave the session; one that takes long over it is cancelled, and one that does not heed that is left."""
         self._ended.set()
-        await asyncio.wait([self._task], timeout=CLOSE_SECONDS)
-        self._task.cancel()
-        await asyncio.wait([self._task])
+        try:
+            await asyncio.wait([self._task], timeout=CLOSE_SECONDS)
+        finally:
+            self._task.cancel()
+        _, pending = await asyncio.wait([self._task], timeout=CLOSE_SECONDS)
+        if pending:
+            logger.error("a session of tools does not end, although it was cancelled")
 
     async def _hold(self, source: ToolSource) -> None:
         try:
             async with source.session() as session:
                 self._session.set_result(session)
                 await self._ended.wait()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if self._session.done():
                 logger.warning("a session of tools ended badly", exc_info=error)
             else:
                 self._session.set_exception(error)
-                self._session.exception()  # seen: nobody may be waiting for it any more
+        finally:
+            if not self._session.done():
+                self._session.set_exception(UnavailableError("the tool's session was cancelled while it was opened"))
+            self._session.exception()  # seen: nobody may be waiting for it any more
 
 
 def call_key(call: ToolCall) -> str:

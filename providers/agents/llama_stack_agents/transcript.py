@@ -36,16 +36,17 @@ class Transcript:
         if self._ended is not None:
             await self._emit(self._ended)
             self._ended = None
-        self._open = (uuid4().hex, kind)
-        await self._emit(self._chunk(EventType.STEP_START))
+        step = (uuid4().hex, kind)
+        await self._emit(_chunk(step, EventType.STEP_START))
+        self._open = step  # not before: a step whose start was cut off by a time limit has not started
 
     async def add(self, **parts: Any) -> None:
         """Tell some of the step that is open."""
-        await self._emit(self._chunk(EventType.STEP_PROGRESS, **parts))
+        await self._emit(_chunk(self._open, EventType.STEP_PROGRESS, **parts))
 
     async def end(self, **parts: Any) -> None:
         """End the step that is open."""
-        self._ended = self._chunk(EventType.STEP_END, **parts)
+        self._ended = _chunk(self._open, EventType.STEP_END, **parts)
         self._open = None
 
     async def finish(self, reason: StopReason) -> None:
@@ -55,7 +56,8 @@ class Transcript:
         if self._ended is not None:
             await self._emit(self._ended.model_copy(update={"stop_reason": reason}))
 
-    def _chunk(self, event: EventType, **parts: Any) -> Chunk:
-        assert self._open is not None, "no step is open"
-        uuid, kind = self._open
-        return Chunk(event_type=event, step_uuid=uuid, step_type=kind, **parts)
+
+def _chunk(step: tuple[str, StepType] | None, event: EventType, **parts: Any) -> Chunk:
+    assert step is not None, "no step is open"
+    uuid, kind = step
+    return Chunk(event_type=event, step_uuid=uuid, step_type=kind, **parts)

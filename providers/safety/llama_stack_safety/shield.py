@@ -95,12 +95,12 @@ class ShieldProvider(Safety, Generic[P]):
         if request.shield.shield_type != shield.shield_type:
             what = f"shield {request.shield.shield_type!r} is not provided here; provided: {shield.shield_type}"
             raise NotFoundError(what, param="shield_type")
+        params = self._params(request.shield.params)
         if not request.messages:
             raise InvalidRequestError("there is no message to judge", param="messages")
-        params = self._params(request.shield.params)
         try:
             violation = await self._judged(request.messages, params)
-        except Exception as error:  # whatever it is, it is no verdict
+        except (Exception, SystemExit) as error:  # whatever it is, it is no verdict
             reason = _reason(error, settings)
             trace = None if isinstance(error, StackError | TimeoutError) else error
             logger.warning("shield %s came to no verdict: %s", shield.shield_type, reason, exc_info=trace)
@@ -122,7 +122,7 @@ class ShieldProvider(Safety, Generic[P]):
             said = f"its {which} input {text_of(message)!r}"
             try:
                 violation = await self._judged([message], self._shield.defaults)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 reason = _reason(error, self._settings)
                 raise ProviderStartError(f"shield {name!r} came to no verdict on {said}: {reason}") from error
             if violation is None and which == "known-bad":
@@ -133,7 +133,10 @@ class ShieldProvider(Safety, Generic[P]):
 
     async def _judged(self, messages: Sequence[Message], params: P) -> Violation | None:
         async with asyncio.timeout(self._settings.timeout_seconds):
-            return await self._shield.judge(messages, params)
+            violation = await self._shield.judge(messages, params)
+        if not isinstance(violation, Violation | None):
+            raise TypeError(f"{type(self._shield).__name__} judged with a {type(violation).__name__}")
+        return violation
 
     def _params(self, given: Mapping[str, Any]) -> P:
         defaults = self._shield.defaults
@@ -186,7 +189,7 @@ def _call(call: ToolCall) -> str:
     return "\n".join((call.tool_name, *texts))
 
 
-def _reason(error: Exception, settings: ShieldSettings) -> str:
+def _reason(error: BaseException, settings: ShieldSettings) -> str:
     if isinstance(error, StackError):
         return error.detail
     if isinstance(error, TimeoutError):

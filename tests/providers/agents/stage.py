@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from llama_stack_agents import AgentsConfig
 from llama_stack_agents.provider import AgentsProvider
@@ -33,7 +33,7 @@ from llama_stack.apis.memory_banks import (
 )
 from llama_stack.apis.safety import RunShieldRequest, RunShieldResponse, Violation
 from llama_stack.client import chunks as chunks_of
-from llama_stack.errors import NotFoundError
+from llama_stack.errors import InvalidRequestError, NotFoundError
 from llama_stack.fetch import Fetcher
 from llama_stack.storage import open_store
 from llama_stack.testing.scripted_inference import SCRIPTED_MODEL, Answer, ScriptedInference
@@ -43,24 +43,50 @@ from llama_stack.turns import turn_of
 REFUSED = "Let us talk of something else."
 
 
+MISBEHAVING = ("raises", "hangs", "exits", "cancels", "junk", "junk inside", "junk beside")
+"""Shields that come to no verdict, by what they do instead."""
+
+
+class Junk:
+    """Looks like an answer without an objection and is none."""
+
+    violation = None
+
+
 class WordShields(Safety):
     """Shields that object to a word, ``word:bomb``, and some that misbehave; every judgement is written down."""
 
     def __init__(self) -> None:
         self.judged: list[str] = []
+        self.most_at_once = 0
+        self._at_once = 0
 
     async def shields(self) -> list[str]:
-        return ["word:bomb", "word:secret", "raises", "hangs", "junk"]
+        return ["word:bomb", "word:secret", "slow:bomb", *MISBEHAVING]
 
     async def run_shield(self, request: RunShieldRequest) -> RunShieldResponse:
+        if not request.messages:
+            raise InvalidRequestError("there is no message to judge", param="messages")
         kind, text = request.shield.shield_type, request.messages[-1].model_dump_json()
         self.judged.append(text)
+        self._at_once += 1
+        self.most_at_once = max(self.most_at_once, self._at_once)
+        await asyncio.sleep(0.01 if kind.startswith("slow") else 0)
+        self._at_once -= 1
         if kind == "raises":
             raise RuntimeError("canary")
         if kind == "hangs":
             await asyncio.Event().wait()
+        if kind == "exits":
+            raise SystemExit(3)
+        if kind == "cancels":
+            raise asyncio.CancelledError
         if kind == "junk":
             return None  # type: ignore[return-value]  # which is the point
+        if kind == "junk inside":
+            return RunShieldResponse.model_construct(violation=cast(Any, "safe"))
+        if kind == "junk beside":
+            return cast(RunShieldResponse, Junk())
         word = kind.partition(":")[2]
         if word in text:
             return RunShieldResponse(
@@ -170,6 +196,7 @@ async def stage(
     tools: Sequence[Callable[..., Any]] = (),
     client_tools: Sequence[str] = (),
     served: Sequence[ToolSource] = (),
+    hidden: Sequence[ToolSource] = (),
     banks: Shelf | None = None,
     bank_uuids: Sequence[str] = (),
     shields_in: Sequence[str] = (),
@@ -182,19 +209,21 @@ async def stage(
     fetcher: Fetcher | None = None,
     timeouts: Mapping[str, float] | None = None,
 ) -> AsyncIterator[Stage]:
-    """An agent whose model gives these answers and whose tools are these functions."""
+    """An agent whose model gives these answers and whose tools are these functions; ``hidden`` ones are not its own."""
     settings = AgentsConfig.model_validate(config or {})
     scripted = model or ScriptedInference(*answers)
     safety = WordShields()
     all_served: list[ToolSource] = [*map(Tool.from_function, tools), *served]
     seconds = timeouts or {}
-    toolset = Tools([Backend(tool, timeout_seconds=seconds.get(tool.definitions[0].tool_name)) for tool in all_served])
+    toolset = Tools(
+        [Backend(tool, timeout_seconds=seconds.get(tool.definitions[0].tool_name)) for tool in (*all_served, *hidden)]
+    )
     async with open_store("sqlite::memory:", Path()) as store:
         database = store.database("test.agents")
         await database.migrate(MIGRATIONS)
         services = Services(settings, scripted, safety, banks, toolset, fetcher or Fetcher(settings.fetch))
         provider = AgentsProvider(services, Agents(database))
-        names = toolset.names()
+        names = Tools([Backend(tool) for tool in all_served]).names()
         await provider.create(
             AgenticSystemCreateRequest(
                 uuid="a",

@@ -14,6 +14,8 @@ from llama_stack_agents import AgentsConfig
 from llama_stack_agents.provider import AgentsProvider
 from llama_stack_agents.store import MIGRATIONS, Agents
 from llama_stack_agents.turn import Services
+from llama_stack_safety import ShieldProvider
+from llama_stack_safety.prompt_guard import PromptGuard, PromptGuardConfig
 
 from llama_stack.apis import AgenticSystem
 from llama_stack.apis.agentic_system import (
@@ -130,6 +132,11 @@ async def test_an_agent_is_forgotten_once(tmp_path: Path) -> None:
             "/available_tools/0/input_shields/0",
             "shield 'y' is not served",
         ),
+        (
+            {"available_tools": [{"tool_name": "x"}, {"tool_name": "x"}]},
+            "/available_tools/1/tool_name",
+            "tool 'x' stands there twice",
+        ),
     ],
 )
 async def test_an_agent_that_wants_what_is_not_served_is_refused(
@@ -141,6 +148,20 @@ async def test_an_agent_that_wants_what_is_not_served_is_refused(
             await provider.create(agent(**changes))
         assert [fault.pointer for fault in refused.value.faults] == [pointer]
         assert await listed(provider) == []
+
+
+async def test_an_agent_whose_shield_does_not_take_its_parameters_is_refused(tmp_path: Path) -> None:
+    """It would object to all that is ever said; a shield that is down for now is no reason to refuse an agent."""
+    async with provided(tmp_path) as provider:
+        guard = ShieldProvider(PromptGuard(PromptGuardConfig()), PromptGuardConfig())
+        object.__setattr__(provider._services, "safety", guard)
+        wrong = {"shield_type": "prompt_guard", "params": {"treshold": 0.5}}
+        with pytest.raises(InvalidRequestError, match="it takes: threshold") as refused:
+            await provider.create(agent(output_shields=[{"shield_type": "prompt_guard", "params": {}}, wrong]))
+        assert [fault.pointer for fault in refused.value.faults] == ["/output_shields/1/params"]
+        assert await listed(provider) == []
+        object.__setattr__(provider._services, "safety", WordShields())
+        await provider.create(agent(input_shields=[{"shield_type": "raises", "params": {}}]))
 
 
 async def test_an_agent_of_a_model_that_is_not_served_is_refused(tmp_path: Path) -> None:

@@ -154,6 +154,8 @@ ENDED = {
     FORGE % r"\0\0\0\2{}": "broke it",
     "import os\nkeep = []\nfor n in range(8):\n    if os.fork() == 0:\n        x = bytearray(100 * 1024**2)\n        "
     "import time; time.sleep(60)\nimport time; time.sleep(60)": "too much memory",
+    "import os, time\nkeep = [os.memfd_create(str(n)) for n in range(64)]\n"
+    "for fd in keep: os.write(fd, bytes(7 * 1024**2))\ntime.sleep(60)": "too much memory",
 }
 """Programs that end the session, and why."""
 
@@ -191,6 +193,23 @@ async def test_a_process_that_goes_into_the_background_dies_with_the_session() -
     async with small() as one:
         assert (await one.run(daemon)).output == "'away'\n"
         assert len(left()) >= 3
+
+
+@needs_sandbox
+async def test_what_code_leaves_running_does_not_run_between_calls() -> None:
+    """Neither a process nor a thread: nobody counts their seconds while the model thinks; the next call finds them."""
+    busy = (
+        "import os, threading\ncount = 0\ndef work():\n    global count\n    while True: count += 1\n"
+        "threading.Thread(target=work, daemon=True).start()\n"
+        "if os.fork() == 0:\n    while True: pass\n'busy'"
+    )
+    async with small() as one:
+        assert (await one.run(busy)).output == "'busy'\n"
+        assert len(left()) >= 3
+        states = {Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for pid in left()[1:]}
+        assert states <= {"T", "S"}
+        assert "R" not in states
+        assert (await one.run("count > 0")).output == "True\n"
 
 
 def test_there_are_sixty_programs_and_more() -> None:

@@ -17,11 +17,9 @@ from llama_stack.apis.agentic_system import (
     AgenticSystemTurn,
     EventType,
     MemoryRetrievalStep,
-    ModelInferenceStep,
     ToolExecutionStep,
 )
 from llama_stack.apis.common import Attachment, Message, StopReason, ToolDefinition, ToolResponse
-from llama_stack.client import chunks
 from llama_stack.errors import (
     ContextLengthError,
     EngineRestartedError,
@@ -31,11 +29,10 @@ from llama_stack.errors import (
     OverloadedError,
     UrlNotAllowedError,
 )
-from llama_stack.shields import SHIELD_ERROR
 from llama_stack.testing.scripted_inference import Answer
 from llama_stack.tools import Tool, ToolSession
 from llama_stack.turns import turn_of
-from tests.providers.agents.stage import REFUSED, Shelf, call, kinds, stage
+from tests.providers.agents.stage import Shelf, call, kinds, stage
 
 pytestmark = pytest.mark.anyio
 
@@ -263,74 +260,6 @@ async def test_earlier_turns_come_first_with_all_that_happened_in_them(streamed:
 
 
 @both
-async def test_a_turn_ends_at_its_steps(streamed: bool) -> None:
-    """A model that never answers; the last step says which limit it was."""
-    endless = [[call("add", a=n, b=n)] for n in range(9)]
-    async with stage(*endless, tools=[add], config={"limits": {"steps": 3}}) as on:
-        turn = await on.turn("Go", streamed=streamed)
-    assert kinds(turn) == ["model", "tool"] * 3 + ["!max_steps"]
-    assert turn.response_message.content == "I had to stop: the model was asked 3 times."
-
-
-@both
-async def test_a_turn_ends_at_a_call_that_repeats(streamed: bool) -> None:
-    """Endless loops mostly make the same call; arguments in another order are the same."""
-    calls = [[call("add", a=1, b=1)], [call("add", b=1, a=1)]] * 5
-    async with stage(*calls, tools=[add], config={"limits": {"repeats": 2}}) as on:
-        turn = await on.turn("Go", streamed=streamed)
-    assert kinds(turn) == ["model", "tool"] * 2 + ["model", "!repeated_call"]
-
-
-@both
-async def test_a_turn_ends_at_too_many_calls_at_once(streamed: bool) -> None:
-    """One answer must not start a thousand tools."""
-    many = [call("add", a=n, b=n) for n in range(9)]
-    async with stage(many, tools=[add], config={"limits": {"calls": 8}}) as on:
-        turn = await on.turn("Go", streamed=streamed)
-    assert kinds(turn) == ["model", "!max_calls"]
-
-
-@both
-async def test_a_turn_ends_at_its_seconds_wherever_it_is(streamed: bool) -> None:
-    """In the middle of an answer that does not come; what was said stays."""
-    async with stage(["Well, ", asyncio.Event()], config={"limits": {"seconds": 0.05}}) as on:
-        turn = await on.turn("Go", streamed=streamed)
-    assert kinds(turn) == ["model", "!max_seconds"]
-    assert isinstance(turn.steps[0], ModelInferenceStep)
-    assert turn.steps[0].text == "Well, "
-    assert on.model.stopped == 1
-
-
-@both
-async def test_a_turn_ends_at_its_seconds_while_a_tool_runs(streamed: bool) -> None:
-    """The turn's own limit counts also where the tool's is longer."""
-    async with stage([call("hang")], tools=[hang], config={"limits": {"seconds": 0.05}}) as on:
-        turn = await on.turn("Go", streamed=streamed)
-    assert kinds(turn) == ["model", "tool", "!max_seconds"]
-
-
-@both
-async def test_a_turn_ends_at_its_tokens_and_keeps_what_was_said(streamed: bool) -> None:
-    """An answer that is cut is better than none, and says that it is cut."""
-    async with stage(["one ", "two ", "three"], config={"limits": {"tokens": 2}}) as on:
-        turn = await on.turn("Count", streamed=streamed)
-    assert kinds(turn) == ["model", "!max_tokens"]
-    assert turn.response_message.content == "one two "
-    if streamed:
-        assert on.chunks[-1].stop_reason is StopReason.MAX_TOKENS
-
-
-@both
-async def test_tokens_are_counted_over_all_answers_of_a_turn(streamed: bool) -> None:
-    """Each answer gets what the ones before it left."""
-    script: list[Answer] = [["a", "b", call("add", a=1, b=1)], ["c", call("add", a=2, b=2)], ["never"]]
-    async with stage(*script, tools=[add], config={"limits": {"tokens": 3}}) as on:
-        turn = await on.turn("Go", streamed=streamed)
-    assert [request.max_tokens for request in on.model.requests] == [3, 1]
-    assert kinds(turn) == ["model", "tool", "model", "tool", "!max_tokens"]
-
-
-@both
 async def test_documents_are_retrieved_and_told_with_the_question(streamed: bool) -> None:
     """Best first over all banks, each with its bank and score."""
     banks = Shelf(a=["The sky is blue.", "Grass is green."], b=["The sky is not blue at night."])
@@ -378,126 +307,6 @@ async def test_a_tool_s_response_alone_retrieves_nothing(streamed: bool) -> None
     async with stage(["Ok."], banks=Shelf(a=["x"]), bank_uuids=["a"]) as on:
         turn = await on.turn(Message.tool([ToolResponse(tool_name="lookup", content="x")]), streamed=streamed)
     assert kinds(turn) == ["model"]
-
-
-@both
-@pytest.mark.parametrize("hidden", [0, 1])
-async def test_an_input_shield_stops_a_turn_before_the_model_sees_it(hidden: int, streamed: bool) -> None:
-    """Each new message is judged, not only the last: an attack could stand in front of a harmless one."""
-    said = ["a bomb", "hello"] if hidden else ["hello", "a bomb"]
-    async with stage(shields_in=["word:secret", "word:bomb"]) as on:
-        turn = await on.turn(*said, streamed=streamed)
-    assert kinds(turn) == ["!word:bomb"]
-    assert turn.response_message == Message.assistant(REFUSED)
-    assert on.model.requests == []
-
-
-@both
-async def test_what_a_shield_stopped_is_no_part_of_a_later_prompt(streamed: bool) -> None:
-    """Else the next turn would let it in."""
-    async with stage(["Hi."], shields_in=["word:bomb"]) as on:
-        first = await on.turn("a bomb", streamed=streamed)
-        await on.turn("Hello", history=[first], streamed=streamed)
-    assert on.prompt()[1:] == [Message.user("Hello")]
-
-
-@both
-async def test_an_output_shield_lets_nothing_of_an_objection_out(streamed: bool) -> None:
-    """The forbidden word comes last and in two pieces; a stream must not have sent it."""
-    async with stage(["Take ", "a ", "bo", "mb"], shields_out=["word:bomb"], config={"window_characters": 5}) as on:
-        turn = await on.turn("How?", streamed=streamed)
-    assert kinds(turn) == ["model", "!word:bomb"]
-    assert turn.response_message.content == REFUSED
-    assert "mb" not in "".join(chunk.response_text_delta or "" for chunk in on.chunks)
-    step = turn.steps[0]
-    assert isinstance(step, ModelInferenceStep)
-    assert step.text == ("Take " if streamed else "")
-
-
-@both
-async def test_an_output_shield_that_is_content_shows_as_a_step(streamed: bool) -> None:
-    """And the text is whole."""
-    pieces = ["All ", "is ", "well", "."]
-    async with stage(pieces, shields_out=["word:bomb"], config={"window_characters": 5}) as on:
-        turn = await on.turn("How?", streamed=streamed)
-    assert kinds(turn) == ["model", "safety"]
-    assert turn.response_message.content == "All is well."
-
-
-@both
-async def test_an_output_shield_judges_calls_for_the_client(streamed: bool) -> None:
-    """Arguments are output like any other."""
-    async with stage([call("post", text="bomb")], client_tools=["post"], shields_out=["word:bomb"]) as on:
-        turn = await on.turn("Go", streamed=streamed)
-    assert kinds(turn) == ["model", "!word:bomb"]
-    assert turn.response_message.tool_calls == []
-    assert not any(chunk.tool_call for chunk in on.chunks)
-
-
-@both
-async def test_a_tool_s_input_shield_stops_the_call(streamed: bool) -> None:
-    """It is judged before it is made."""
-    made: list[str] = []
-
-    def note(text: str) -> str:
-        made.append(text)
-        return "ok"
-
-    async with stage([call("note", text="bomb")], tools=[note], tool_shields_in=["word:bomb"]) as on:
-        turn = await on.turn("Go", streamed=streamed)
-    assert kinds(turn) == ["model", "!word:bomb"]
-    assert made == []
-
-
-@both
-async def test_a_tool_s_output_shield_keeps_its_answer_from_model_and_client(streamed: bool) -> None:
-    """A page that carries an attack reaches nobody."""
-
-    def tell(key: str) -> str:
-        return f"the {key} secret"
-
-    async with stage([call("tell", key="x")], tools=[tell], tool_shields_out=["word:secret"]) as on:
-        turn = await on.turn("Go", streamed=streamed)
-    assert kinds(turn) == ["model", "tool", "!word:secret"]
-    assert tool_results(turn) == []
-    assert len(on.model.requests) == 1
-
-
-@both
-async def test_shields_of_tools_that_are_content_show_as_steps(streamed: bool) -> None:
-    """Four places, each with its step."""
-    async with stage(
-        [call("add", a=1, b=2)],
-        ["3."],
-        tools=[add],
-        shields_in=["word:bomb"],
-        shields_out=["word:bomb"],
-        tool_shields_in=["word:bomb"],
-        tool_shields_out=["word:bomb"],
-    ) as on:
-        turn = await on.turn("1 + 2?", streamed=streamed)
-    assert kinds(turn) == ["safety", "model", "safety", "safety", "tool", "safety", "model", "safety"]
-
-
-@both
-@pytest.mark.parametrize("kind", ["raises", "hangs", "junk"])
-@pytest.mark.parametrize("place", ["shields_in", "shields_out", "tool_shields_in", "tool_shields_out"])
-async def test_a_shield_without_a_verdict_stops_the_turn(place: str, kind: str, streamed: bool) -> None:
-    """At each of the four places: nothing unshielded is emitted."""
-    shields: dict[str, Any] = {place: [kind]}
-    async with stage(
-        ["said ", call("shout", text="xyz")],
-        ["never"],
-        tools=[shout],
-        config={"shield_timeout_seconds": 0.05},
-        **shields,
-    ) as on:
-        turn = await on.turn("Go", streamed=streamed)
-    assert kinds(turn)[-1] == f"!{SHIELD_ERROR}"
-    assert "canary" not in turn.model_dump_json()
-    told = "".join(chunk.model_dump_json() for chunk in on.chunks) + turn.model_dump_json()
-    assert ("said " in told) == place.startswith("tool")
-    assert "XYZ" not in told
 
 
 @both
@@ -703,61 +512,6 @@ async def test_chunks_that_do_not_begin_at_the_beginning_are_no_turn() -> None:
         await on.turn("Go", streamed=True)
     with pytest.raises(ValueError, match="never started"):
         turn_of([], on.chunks[1:])
-
-
-@pytest.mark.parametrize("taken", range(12))
-async def test_a_client_that_leaves_stops_the_turn_at_any_step(taken: int) -> None:
-    """Whatever is running then, model or tool, is stopped; nothing of the turn goes on."""
-    running = 0
-
-    async def wait() -> str:
-        nonlocal running
-        running += 1
-        try:
-            await asyncio.sleep(0)
-            return "ok"
-        finally:
-            running -= 1
-
-    script: list[Answer] = [["a", "b", call("wait")], ["c", call("wait"), call("wait")], ["d", asyncio.Event()]]
-    async with stage(*script, tools=[wait], shields_in=["word:bomb"]) as on:
-        before = len(asyncio.all_tasks())
-        request = AgenticSystemExecuteRequest(
-            agent_uuid="a", messages=[Message.user("Go")], turn_history=[], stream=True
-        )
-        stream = chunks(await on.provider.execute(request))
-        for _ in range(taken):
-            await anext(stream)
-        await stream.aclose()
-        assert len(asyncio.all_tasks()) == before
-        assert running == 0
-
-
-async def test_a_plain_turn_that_is_cancelled_stops_its_work() -> None:
-    """A plain request's client leaves too."""
-    async with stage(["a", asyncio.Event()]) as on:
-        task = asyncio.create_task(on.turn("Go"))
-        while not on.model.requests:
-            await asyncio.sleep(0)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        assert on.model.stopped == 1
-
-
-async def test_a_reader_that_is_slow_gets_everything() -> None:
-    """The turn waits for it rather than hold the whole stream."""
-    pieces = [f"{n} " for n in range(100)]
-    async with stage(pieces) as on:
-        request = AgenticSystemExecuteRequest(
-            agent_uuid="a", messages=[Message.user("Go")], turn_history=[], stream=True
-        )
-        heard = []
-        async for chunk in chunks(await on.provider.execute(request)):
-            for _ in range(5):
-                await asyncio.sleep(0)
-            heard.append(chunk.response_text_delta or "")
-    assert "".join(heard) == "".join(pieces)
 
 
 async def test_many_turns_at_once_do_not_mix() -> None:

@@ -46,7 +46,7 @@ class BrokenShield(Shield[NoParams]):
     known_good = Message.user("good")
     known_bad = Message.user("bad")
 
-    def __init__(self, error: Exception | None = None) -> None:
+    def __init__(self, error: BaseException | None = None) -> None:
         self.error = error
 
     async def judge(self, messages: Sequence[Message], params: NoParams) -> Violation | None:
@@ -98,11 +98,12 @@ async def test_another_shield_and_an_empty_dialog_are_refused() -> None:
     [
         (RuntimeError("canary"), "see the server's log"),
         (OverloadedError("the queue is full"), "the queue is full"),
+        (SystemExit(3), "see the server's log"),
         (None, "longer than 0.05 s"),
     ],
-    ids=["raises", "unavailable", "hangs"],
+    ids=["raises", "unavailable", "exits", "hangs"],
 )
-async def test_no_verdict_is_an_objection_unless_the_operator_allows_it(error: Exception | None, told: str) -> None:
+async def test_no_verdict_is_an_objection_unless_the_operator_allows_it(error: BaseException | None, told: str) -> None:
     """Fail closed, and say so; failing open is a decision that is written down."""
     blocking = ShieldProvider(BrokenShield(error), ShieldSettings(timeout_seconds=0.05))
     violation = (await blocking.run_shield(asked("good", "broken"))).violation
@@ -112,6 +113,32 @@ async def test_no_verdict_is_an_objection_unless_the_operator_allows_it(error: E
     assert "canary" not in violation.details
     allowing = ShieldProvider(BrokenShield(error), ShieldSettings(timeout_seconds=0.05, on_error="allow"))
     assert (await allowing.run_shield(asked("good", "broken"))).violation is None
+
+
+@pytest.mark.parametrize("junk", [False, "safe", {}, 0])
+async def test_junk_is_no_verdict(junk: Any) -> None:
+    """Not even junk that looks like a permission."""
+
+    class Odd(WordShield):
+        async def judge(self, messages: Sequence[Message], params: WordParams) -> Violation | None:
+            result: Violation | None = junk
+            return result
+
+    violation = (await ShieldProvider(Odd(), ShieldSettings()).run_shield(asked("good"))).violation
+    assert violation is not None
+    assert violation.violation_type == SHIELD_ERROR
+
+
+async def test_parameters_are_checked_also_where_there_is_nothing_to_judge() -> None:
+    """Whoever creates an agent learns then that a shield of it could judge nothing."""
+    provider = await started(WordShield(), ShieldSettings())
+    cases: list[tuple[dict[str, Any], str]] = [({}, "messages"), ({"wrod": "ugly"}, "params")]
+    for params, wrong in cases:
+        with pytest.raises(InvalidRequestError) as refused:
+            await provider.run_shield(
+                RunShieldRequest(messages=[], shield=ShieldConfig(shield_type="word", params=params))
+            )
+        assert refused.value.param == wrong
 
 
 async def test_a_cancelled_judgement_is_cancelled_and_no_verdict() -> None:

@@ -32,6 +32,7 @@ MAX_CODE_CHARACTERS = 100_000
 MAX_REPLY_BYTES = 8 * 1024 * 1024
 WATCH_SECONDS = 0.05
 """How often the memory of a running call is added up."""
+FREEZE_ROUNDS = 100
 _HOST_USER = 65534
 """Whom the sandbox runs as on the host where the server is root: for root the kernel counts no processes."""
 _PROGRAM = files(__package__).joinpath("sandbox_program.py").read_text(encoding="utf-8")
@@ -97,7 +98,10 @@ class Session:
             watch = asyncio.create_task(self._watch())
             try:
                 async with asyncio.timeout(self._config.seconds):
-                    return await self._asked(code)
+                    self._thaw()
+                    result = await self._asked(code)
+                    await self._freeze()
+                    return result
             except TimeoutError as error:
                 await self.end()
                 what = f"the code took longer than {self._config.seconds:g} s; the session is over"
@@ -126,6 +130,29 @@ class Session:
                         os.kill(child, signal.SIGKILL)
                 os.kill(self._process.pid, signal.SIGKILL)
         await self._process.wait()  # which is when nobody holds the other end of its pipes any more
+
+    async def _freeze(self) -> None:
+        """Stop all that the code left running: between calls nobody looks at its memory, nor counts its seconds.
+
+        What is stopped can make no further process and wake no other. Raises ``ValueError`` for processes that multiply
+        faster than they can be stopped.
+        """
+        stopped: set[int] = set()
+        for _ in range(FREEZE_ROUNDS):
+            running = set(_below(self._process.pid)) - stopped
+            if not running:
+                return
+            for pid in running:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGSTOP)
+            stopped |= running
+            await asyncio.sleep(0)
+        raise ValueError("its processes cannot be stopped")
+
+    def _thaw(self) -> None:
+        for pid in _below(self._process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
 
     async def complaint(self) -> str:
         """What bubblewrap said when it ended, if anything."""
@@ -228,15 +255,38 @@ def _arguments(config: SandboxConfig) -> Iterator[str]:
 
 
 def _resident_bytes(pid: int) -> int:
-    """The memory of a process and of all below it. One that ends meanwhile counts nothing."""
-    total, pending = 0, [pid]
+    """The memory of a process and of all below it, files in memory among it. One that ends meanwhile counts nothing."""
+    total = 0
     page = os.sysconf("SC_PAGE_SIZE")
-    while pending:
-        each = pending.pop()
+    held: dict[tuple[int, int], int] = {}
+    for each in (pid, *_below(pid)):
         with suppress(OSError, ValueError, IndexError):
             total += page * int(Path(f"/proc/{each}/statm").read_text().split()[1])
+        held |= _memory_files(each)
+    return total + sum(held.values())
+
+
+def _memory_files(pid: int) -> dict[tuple[int, int], int]:
+    """The bytes of each file in memory (memfd_create) that a process holds open: no mapping counts them."""
+    found: dict[tuple[int, int], int] = {}
+    with suppress(OSError):
+        for entry in os.scandir(f"/proc/{pid}/fd"):
+            with suppress(OSError):
+                if os.readlink(entry.path).startswith("/memfd:"):
+                    status = os.stat(entry.path)
+                    found[status.st_dev, status.st_ino] = 512 * status.st_blocks
+    return found
+
+
+def _below(pid: int) -> list[int]:
+    """All processes below one."""
+    found: list[int] = []
+    pending = _children(pid)
+    while pending:
+        each = pending.pop()
+        found.append(each)
         pending += _children(each)
-    return total
+    return found
 
 
 def _children(pid: int) -> list[int]:
