@@ -74,8 +74,8 @@ WIDTH = 400
 """How far a search walks, at least: pgvector's ef_search."""
 MAX_HITS = 250
 """For more hits than these every vector is compared: pgvector walks no farther than a thousand rows."""
-SMALL_ROWS = 4096
-"""In fewer rows than this every vector is compared."""
+SMALL_ROWS = 16_384
+"""In fewer rows than this every vector is compared: in 6,000 rows that took less than half the time of a walk."""
 MAX_GRAPH_DIMENSIONS = 2000
 _TOO_MANY_WORDS = "54000"
 """The server's code for a ``tsvector`` beyond its limit of a megabyte."""
@@ -184,7 +184,9 @@ class PgvectorSearch:
     async def by_vector(self, vector_D: Vectors, k: int, condition: Condition | None) -> list[Found]:
         """The chunks most similar to a vector of length 1. All vectors in the bank have that length too."""
         if self._has_graph and condition is None and k <= MAX_HITS and await self._has_many_rows():
-            return await self._walk(vector_D, k)
+            found = await self._walk(vector_D, k)
+            if len(found) == k:
+                return found  # fewer would mean that the graph leads nowhere from where the walk was
         return await self._found(
             "SELECT id AS chunk, -(vector <#> CAST(CAST(:vector AS text) AS vector)) AS score FROM {chunks}"
             " WHERE bank = :bank {among} ORDER BY score DESC, id LIMIT :k",

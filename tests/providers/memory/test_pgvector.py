@@ -88,9 +88,13 @@ async def test_a_graph_serves_its_bank_and_goes_with_it(
         vector = f"[{','.join(['0.1'] * bank.dimensions)}]"
         plan = await plan_of(store, pgvector_chunks.walk_sql(bank), {"k": 5, "near": 10, "vector": vector})
         assert f"Index Scan using {store.database(OWNER).name(f'graph_{bank.id}')}" in plan
-        expected = await hits(banks, "exact", "number 7 hundred", mode=QueryMode.VECTOR, k=100)
-        got = await hits(banks, "one", "number 7 hundred", mode=QueryMode.VECTOR, k=100)
-        assert [(hit.document_uuid, hit.score) for hit in got] == [(hit.document_uuid, hit.score) for hit in expected]
+        for k, more in ((100, {}), (5, {"filter": {"ge": ["n", 0]}})):  # no walk finds all, and none keeps to a filter
+            expected, got = [
+                await hits(banks, uuid, "number 7 hundred", mode=QueryMode.VECTOR, k=k, **more)
+                for uuid in ("exact", "one")
+            ]
+            assert [(hit.document_uuid, hit.score) for hit in got] == [(h.document_uuid, h.score) for h in expected]
+        assert await found(banks, "one", "number 7 hundred", mode=QueryMode.VECTOR, k=1) == ["d7"]
         await all_of(await banks.delete_documents("one", [f"d{n}" for n in range(1, 100)]))
         assert await found(banks, "one", "number", mode=QueryMode.VECTOR, k=100) == ["d0"]
         await banks.drop("one")
