@@ -106,7 +106,7 @@ def documents(megabytes: float) -> list[dict[str, object]]:
     """Sentences of made-up words, always the same ones."""
     chance = random.Random(4)
     words = ["".join(chance.choices("aeioulnrstmdkp", k=chance.randint(2, 9))) for _ in range(5000)]
-    made = []
+    made: list[dict[str, object]] = []
     for number in range(max(int(megabytes * 1e6) // DOCUMENT_CHARACTERS, 1)):
         text = ""
         while len(text) < DOCUMENT_CHARACTERS:
