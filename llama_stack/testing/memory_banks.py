@@ -28,6 +28,7 @@ from ..errors import AlreadyExistsError, ConflictError, InvalidRequestError, Not
 
 T = TypeVar("T")
 
+LONG_KEY = "".join(chr(33 + n * n * 7 % 91) for n in range(5000))
 METADATA: Sequence[dict[str, Any]] = (
     {"year": 1997, "lang": "no", "open": True},
     {"year": 1997.0, "lang": "sv", "open": False},
@@ -37,6 +38,8 @@ METADATA: Sequence[dict[str, Any]] = (
     {"lang": "", "year": 0, "deep": {"lang": "no"}},
     {"year": 10**30, "lang": "\U0001f600"},
     {},
+    {"lang": "\u00e9", LONG_KEY: 1, "": 2},
+    {"lang": "e\u0301", LONG_KEY[1:]: 1, "year": 2**53 + 1},
 )
 """Metadata of documents 0, 1, ... of the tests of filters: equal numbers of two types, texts that look like numbers."""
 
@@ -62,7 +65,35 @@ FILTERS: Sequence[dict[str, Any]] = (
     {"not": {"eq": ["missing", "x"]}},
     {"eq": ["tags", "a"]},
     {"eq": ["lang", "\U0001f600"]},
+    {"eq": ["lang", "\u00e9"]},
+    {"eq": [LONG_KEY, 1]},
+    {"ne": [LONG_KEY, 1]},
+    {"eq": ["", 2]},
+    {"eq": ["deep.lang", "no"]},
+    {"eq": ["year", 2**53]},
+    {"gt": ["year", float(2**53)]},
+    {"not": {"not": {"lt": ["year", 0]}}},
 )
+
+WORDS: Sequence[tuple[str, str]] = (
+    ("See example.com/manual for it.", "example manual"),
+    ("Write to jane@corp.org today.", "jane@corp.org"),
+    ("It needs python 3.11 and /etc/passwd.", "3.11"),
+    ("It needs version v2.5.1 or newer.", "2.5"),
+    ("Edit /etc/hosts, then restart.", "hosts"),
+    ("It was -17 degrees.", "17"),
+    ("Call user_name_of twice.", "name"),
+    ("An E-404 error in a state-of-the-art oven.", "404 oven"),
+    ("He said \u201cindeed\u201d\u2014and left.", "indeed"),
+    ("<b>Bold</b> &amp; https://a.io/q?x=1&y=77", "bold 77"),
+    ("On 2024-01-05 at 12:30 for 5,000.", "2024-01-05"),
+    ("\u00c5rsm\u00f8te p\u00e5 caf\u00e9en", "\u00e5rsm\u00f8te"),
+    ("Two e\u0301clairs, please.", "\u00e9clairs"),
+    ("Three soufl\u00e9s, please.", "soufle\u0301s"),
+    ("\u03a4\u03a1\u0399\u03a4\u0397", "\u03c4\u03c1\u03b9\u03c4\u03b7"),
+    ("\u0939\u093f\u0928\u094d\u0926\u0940 \u092d\u093e\u0937\u093e", "\u0939\u093f\u0928\u094d\u0926\u0940"),
+)
+"""Texts, and words that find them: people search for what they see, and not for what a parser makes of it."""
 
 UNICODE = "Ærø, Τρίτη, 東京, עברית, e\u0301, \U0001f600\U0001f3fd, \u202eright to left"
 
@@ -316,6 +347,22 @@ class MemoryBanksConformance:
             for mode in QueryMode:
                 await hits(banks, "atlas", text, mode=mode)
         assert "rome" in await found(banks, "atlas", "capital NOT Italy", mode=QueryMode.KEYWORD)
+
+    async def test_words_are_letters_and_digits_whatever_stands_around_them(self, banks: MemoryBanks) -> None:
+        """Addresses, versions, signs, hyphens, accents and capitals do not hide a word from whoever searches it."""
+        await banks.insert("empty", [document(f"d{n}", text) for n, (text, _) in enumerate(WORDS)])
+        for n, (text, query) in enumerate(WORDS):
+            assert (await found(banks, "empty", query, mode=QueryMode.KEYWORD, k=1)) == [f"d{n}"], (text, query)
+        for nothing in ("_", "-", "\u0301"):
+            assert await found(banks, "empty", nothing, mode=QueryMode.KEYWORD) == []
+
+    async def test_words_of_one_stem_do_not_hide_a_hit_from_a_hybrid_query(self, banks: MemoryBanks) -> None:
+        """However often a query says it: the share of words that a chunk needs can be reached."""
+        await banks.insert("empty", [document("ship", "The ship sails."), document("other", "Nothing of the kind.")])
+        query = "Ship ships shipped shipping SHIP, but only between themselves"
+        (hit, *_) = await hits(banks, "empty", query, k=1)
+        assert hit.document_uuid == "ship"
+        assert hit.score == pytest.approx(2 / 61)
 
     async def test_text_of_any_script_is_kept_and_found(self, banks: MemoryBanks) -> None:
         """In ids, names, metadata and contents."""

@@ -46,7 +46,8 @@ from .documents import Preparation, Prepared, refuse_repeats
 from .extraction import Extractor
 from .fusion import fuse
 from .interfaces import ChunkSettings, Embedder, Found, Values, Vectors
-from .words import fair_share, query_words
+from .tables import attribute_name
+from .words import ENOUGH, query_words
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -101,18 +102,25 @@ class Search(Protocol):
     """One state of one bank, to search in."""
 
     async def by_vector(self, vector_D: Vectors, k: int, condition: Condition | None) -> list[Found]: ...
-    async def by_words(self, words: Sequence[str], least: int, k: int, condition: Condition | None) -> list[Found]: ...
+    async def by_words(
+        self, words: Sequence[str], share: float, k: int, condition: Condition | None
+    ) -> list[Found]: ...
     async def listed(self, k: int, condition: Condition | None) -> list[Found]: ...
     async def texts(self, chunks: Sequence[int]) -> dict[int, tuple[str, str, str]]: ...
 
 
 class Chunks(Protocol):
-    """Where chunks are stored and searched. ``add`` and ``remove`` are part of the caller's transaction."""
+    """Where chunks are stored and searched. What takes a ``connection`` is part of the caller's transaction.
+
+    ``prepare`` makes what a new bank needs beside its rows, and ``discard`` removes it.
+    """
 
     @property
     def kinds(self) -> Sequence[IndexKind]:
         """The kinds of index that there are."""
 
+    async def prepare(self, connection: AsyncConnection, bank: Bank) -> None: ...
+    async def discard(self, connection: AsyncConnection, bank: Bank) -> None: ...
     async def add(self, connection: AsyncConnection, bank: Bank, documents: Sequence[tuple[int, Prepared]]) -> None: ...
     async def remove(self, connection: AsyncConnection, documents: Sequence[int]) -> None: ...
     async def written(self, bank: Bank, removed: Sequence[int], added: Sequence[tuple[int, Prepared]]) -> None: ...
@@ -199,6 +207,7 @@ class DatabaseBanks(MemoryBanks):
                 ),
                 row,
             )
+            await self._chunks.prepare(connection, Bank(**row))
             await self._add(connection, Bank(**row), prepared)
 
     async def list_banks(self) -> AsyncIterator[MemoryBank]:
@@ -211,6 +220,7 @@ class DatabaseBanks(MemoryBanks):
             bank = await read_bank(connection, self._database, bank_uuid)
             statement = self._database.sql("SELECT id FROM {documents} WHERE bank = :bank")
             await self._remove(connection, list(await connection.scalars(statement, {"bank": bank.id})))
+            await self._chunks.discard(connection, bank)
             await connection.execute(self._database.sql("DELETE FROM {banks} WHERE id = :id"), {"id": bank.id})
         self._chunks.dropped(bank)
         self._known.pop(bank_uuid, None)
@@ -244,8 +254,7 @@ class DatabaseBanks(MemoryBanks):
         await self._chunks.written(bank, removed, added)
 
     async def get_documents(self, bank_uuid: str, document_uuids: list[str]) -> AsyncIterator[MemoryBankDocument]:
-        await self._bank(bank_uuid)
-        return self._documents(bank_uuid, document_uuids)
+        return self._documents(await self._bank(bank_uuid), document_uuids)
 
     async def delete_documents(self, bank_uuid: str, document_uuids: list[str]) -> AsyncIterator[str]:
         async with self._database.write(frees_space=True) as connection:
@@ -265,10 +274,11 @@ class DatabaseBanks(MemoryBanks):
         bank = known or await self._bank(request.bank_uuid)
         try:
             response = await self._query(bank, request, condition)
-        except (NotFoundError, ConflictError):
+        except (NotFoundError, ConflictError, InvalidRequestError):
             if known is None:
                 raise
-            bank = await self._bank(request.bank_uuid)  # it was dropped and perhaps made again, here or elsewhere
+            # It may have been dropped and made again, here or elsewhere, with another model too.
+            bank = await self._bank(request.bank_uuid)
             response = await self._query(bank, request, condition)
         self._known[bank.uuid] = bank
         return response
@@ -281,8 +291,8 @@ class DatabaseBanks(MemoryBanks):
             if vector_D is not None and vector_D.any():
                 rankings.append(await search.by_vector(vector_D, wanted, condition))
             if words:
-                least = 1 if vector_D is None else fair_share(words)
-                rankings.append(await search.by_words(words, least, wanted, condition))
+                share = 0 if vector_D is None else ENOUGH
+                rankings.append(await search.by_words(words, share, wanted, condition))
             if words is None and vector_D is None:
                 rankings.append(await search.listed(wanted, condition))
             is_hybrid = words is not None and vector_D is not None
@@ -406,15 +416,14 @@ class DatabaseBanks(MemoryBanks):
         statement = self._database.sql("UPDATE {banks} SET revision = revision + 1 WHERE id = :id")
         await connection.execute(statement, {"id": bank.id})
 
-    async def _documents(self, bank_uuid: str, uuids: Sequence[str]) -> AsyncIterator[MemoryBankDocument]:
+    async def _documents(self, bank: Bank, uuids: Sequence[str]) -> AsyncIterator[MemoryBankDocument]:
         """One at a time: together they may not fit the memory, and a slow client must not hold a transaction."""
         statement = self._database.sql(
-            "SELECT d.uuid, d.content, d.metadata, d.mime_type FROM {documents} d JOIN {banks} b ON b.id = d.bank"
-            " WHERE b.uuid = :bank AND d.uuid = :uuid"
+            "SELECT uuid, content, metadata, mime_type FROM {documents} WHERE bank = :bank AND uuid = :uuid"
         )
         for uuid in uuids:
             async with self._database.read() as connection:
-                row = (await connection.execute(statement, {"bank": bank_uuid, "uuid": uuid})).first()
+                row = (await connection.execute(statement, {"bank": bank.id, "uuid": uuid})).first()
             if row is not None:
                 yield MemoryBankDocument(
                     uuid=row.uuid, content=row.content, metadata=json.loads(row.metadata), mime_type=row.mime_type
@@ -435,7 +444,7 @@ def _attributes(metadata: Mapping[str, Any]) -> Iterable[Values]:
     for name, value in metadata.items():
         encoded = sort_key(value)
         if encoded is not None:
-            yield {"name": name.encode("utf-8", "surrogatepass"), "value": encoded}
+            yield {"name": attribute_name(name), "value": encoded}
 
 
 def _digest(*parts: Any) -> bytes:

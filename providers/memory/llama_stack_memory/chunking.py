@@ -5,11 +5,15 @@ from __future__ import annotations
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 from .interfaces import Chunk, ChunkSettings, Span
 
-LONGEST_TOKEN_CHARS = 100
-"""A longer token, such as a megabyte without a space, is counted and cut as several."""
+LONGEST_TOKEN_CHARS = 128
+"""A token of twice that and more, such as a megabyte without a space, is counted and cut as several.
+
+None of its pieces is shorter than this: BERT's word pieces take what is longer than 100 characters for one token, and
+a shorter rest could become a hundred of them."""
 _SENTENCE_END = re.compile(r"[.!?…][\"'”’)\]]*\s+|[。！？]|\n\s*\n|\n(?=\s*[-*#|])")  # noqa: RUF001 - not only ASCII ends sentences
 
 
@@ -24,11 +28,12 @@ def chunk(text: str, spans: Sequence[Span], settings: ChunkSettings) -> list[Chu
     starts = [start for start, _ in tokens]
     sentences = [bisect_left(starts, match.end()) for match in _SENTENCE_END.finditer(text)]
     chunks: list[Chunk] = []
-    first = 0
+    first = last = 0
     while first < len(tokens):
+        covered = last
         last = min(first + settings.tokens, len(tokens))  # exclusive
         if last < len(tokens):
-            least = first + settings.tokens // 2
+            least = max(first + settings.tokens // 2, covered + 1)  # an overlap of half would add nothing otherwise
             last = _latest(sentences, least, last) or _word(text, starts, range(last, least - 1, -1)) or last
         start, end = tokens[first][0], tokens[last - 1][1]
         chunks.append(Chunk(text[start:end], start, end, last - first))
@@ -41,8 +46,9 @@ def chunk(text: str, spans: Sequence[Span], settings: ChunkSettings) -> list[Chu
 
 def _cut(spans: Sequence[Span]) -> Iterator[Span]:
     for start, end in spans:
-        for at in range(start, end, LONGEST_TOKEN_CHARS):
-            yield at, min(at + LONGEST_TOKEN_CHARS, end)
+        pieces = max((end - start) // LONGEST_TOKEN_CHARS, 1)
+        borders = [start + (end - start) * n // pieces for n in range(pieces + 1)]
+        yield from pairwise(borders)
 
 
 def _word(text: str, starts: Sequence[int], tokens: range) -> int | None:

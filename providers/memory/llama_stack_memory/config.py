@@ -51,7 +51,7 @@ class MemoryConfig(EmbeddingsConfig):
     chunk_overlap: int = Field(default=40, ge=0, le=4096)
     """How many tokens a chunk repeats of the one before it, at most."""
     index: IndexKind = IndexKind.EXACT
-    """How vectors are searched: `exact`, or `hnsw` where faiss-cpu is installed and the store is SQLite."""
+    """How vectors are searched: `exact`, or `hnsw` where faiss-cpu is installed or the store is PostgreSQL."""
 
     documents: DocumentLimits = DocumentLimits()
     """What a document may cost to read; one that costs more is refused."""

@@ -43,16 +43,21 @@ async def serve_pgvector(config: MemoryConfig, database: Database) -> AsyncItera
     if database.dialect != "postgresql":
         raise SetupError("provider 'pgvector' keeps banks in PostgreSQL, and storage.url is sqlite: use 'sqlite'")
     await database.migrate(POSTGRESQL_MIGRATIONS)
-    async with _serve(config, database, PgvectorChunks(database)) as banks:
+    async with _serve(config, database, await PgvectorChunks.on(database)) as banks:
         yield banks
 
 
 @asynccontextmanager
 async def _serve(config: MemoryConfig, database: Database, chunks: Chunks) -> AsyncIterator[DatabaseBanks]:
     if config.index not in chunks.kinds:
-        remedy = "install faiss-cpu" if database.dialect == "sqlite" else "set it to 'exact'"
+        remedy = "install faiss-cpu" if database.dialect == "sqlite" else "the server's pgvector is too old"
         raise SetupError(f"index: there is no {config.index.value} here; {remedy}")
     chosen = await asyncio.to_thread(choose_embedder, config.embedder)
+    if config.chunk_tokens > chosen.embedder.max_tokens:
+        raise SetupError(
+            f"chunk_tokens: {chosen.embedder.name} reads {chosen.embedder.max_tokens} tokens, and {config.chunk_tokens}"
+            " are asked for; set no more than that"
+        )
     # Banks that were made before a model was there go on: hashing needs nothing.
     embedders: dict[str, Embedder] = {e.name: e for e in (chosen.embedder, HashingEmbedder())}
     async with Extractor.started(config.documents) as extractor:

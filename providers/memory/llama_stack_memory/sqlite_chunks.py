@@ -12,6 +12,7 @@ import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from math import ceil
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from llama_stack.apis.filters import Condition
 from llama_stack.apis.memory_banks import IndexKind
-from llama_stack.errors import StackError
+from llama_stack.errors import ConflictError, NotFoundError, StackError
 from llama_stack.storage import Database
 from llama_stack.storage.cancellation import in_thread
 
@@ -56,6 +57,12 @@ class SqliteChunks:
         self.kinds = (IndexKind.EXACT, IndexKind.HNSW) if has_faiss() else (IndexKind.EXACT,)
         self._database = database
         self._indexes: dict[int, _Index] = {}
+
+    async def prepare(self, connection: AsyncConnection, bank: Bank) -> None:
+        """An index is made when it is first searched."""
+
+    async def discard(self, connection: AsyncConnection, bank: Bank) -> None:
+        """An index is forgotten when the bank is gone, by ``dropped``."""
 
     async def add(self, connection: AsyncConnection, bank: Bank, documents: Sequence[tuple[int, Prepared]]) -> None:
         """Write the chunks of documents, each with its number."""
@@ -109,7 +116,11 @@ class SqliteChunks:
         """The bank as it is now. Raises ``NotFoundError`` and ``ConflictError`` where it is no more."""
         index = self._index(bank)
         async with index.lock, self._database.read() as connection:
-            now = await read_same_bank(connection, self._database, bank)
+            try:
+                now = await read_same_bank(connection, self._database, bank)
+            except (NotFoundError, ConflictError):
+                self.dropped(bank)  # by another process perhaps, which cannot tell this one
+                raise
             if index.revision != now.revision:
                 await self._bring_up(connection, now, index)
             yield SqliteSearch(self._database, connection, bank, index.vectors)
@@ -160,8 +171,9 @@ class SqliteSearch:
         ids, scores = await in_thread(_search, self._vectors, vector_D, k, documents)
         return [Found(*found) for found in zip(ids.tolist(), scores.tolist(), strict=True)]
 
-    async def by_words(self, words: Sequence[str], least: int, k: int, condition: Condition | None) -> list[Found]:
-        """The chunks that fit the words best by BM25; a chunk needs ``least`` of them."""
+    async def by_words(self, words: Sequence[str], share: float, k: int, condition: Condition | None) -> list[Found]:
+        """The chunks that fit the words best by BM25; a chunk needs that share of them, and one at least."""
+        least = ceil(share * len(words))
         values: Values = {"bank": self._bank.id, "match": _match(self._bank, words), "k": k}
         enough = self._enough(words, least, values) if least > 1 else ""
         rows = await select(

@@ -7,6 +7,7 @@ Metadata that filters can reach lies a second time in ``attributes``, as the byt
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from llama_stack.apis.filters import Comparison, Condition, Every, Not
 from llama_stack.storage import Database, Migration
 
 from .interfaces import Values
+from .words import plain_words
 
 if TYPE_CHECKING:
     from sqlalchemy import Row
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 CHUNK_BITS = 20
 MAX_CHUNKS = 1 << CHUNK_BITS
 """The most chunks of one document."""
+
+MAX_NAME_BYTES = 1000
 
 SQLITE_MIGRATIONS = (
     Migration(
@@ -45,6 +49,25 @@ SQLITE_MIGRATIONS = (
     ),
 )
 
+
+async def _count_every_word(connection: AsyncConnection, database: Database) -> None:
+    """Words as SQLite's FTS5 has them: all of them, and none is an address or a number with a sign (``words.py``)."""
+    for statement in (
+        "CREATE TEXT SEARCH DICTIONARY {stems} (TEMPLATE = snowball, LANGUAGE = porter)",  # without stop words
+        "CREATE TEXT SEARCH CONFIGURATION {words} (PARSER = default)",
+        "ALTER TEXT SEARCH CONFIGURATION {words} ADD MAPPING FOR asciiword, word WITH {stems}",
+        "ALTER TEXT SEARCH CONFIGURATION {words}"
+        " ADD MAPPING FOR numword, uint, sfloat, int, float, version WITH simple",
+    ):
+        await connection.exec_driver_sql(database.expand(statement))
+    some = database.sql("SELECT id, text FROM {chunks} WHERE id > :last ORDER BY id LIMIT 1000")
+    change = database.sql("UPDATE {chunks} SET words = to_tsvector('{words}', :words), size = :size WHERE id = :id")
+    last = -1
+    while rows := (await connection.execute(some, {"last": last})).all():
+        await connection.execute(change, [{"id": row.id, **words_and_size(row.text)} for row in rows])
+        last = rows[-1].id
+
+
 POSTGRESQL_MIGRATIONS = (
     Migration(
         number=1,
@@ -67,7 +90,20 @@ POSTGRESQL_MIGRATIONS = (
             "CREATE INDEX {chunks_by_word} ON {chunks} USING gin (words)",
         ),
     ),
+    Migration(number=2, description="every word of a chunk counts", run=_count_every_word),
 )
+
+
+def words_and_size(text: str) -> Values:
+    """What the columns ``words`` and ``size`` of PostgreSQL's chunks are made of."""
+    words = plain_words(text)
+    return {"words": words, "size": len(words.split())}
+
+
+def attribute_name(key: str) -> bytes:
+    """A key of metadata as ``attributes`` has it: itself, or a hash of one that is longer than an index takes."""
+    name = key.encode("utf-8", "surrogatepass")
+    return name if len(name) <= MAX_NAME_BYTES else b"\xff" + hashlib.sha256(name).digest()  # no text begins so
 
 
 def condition_sql(condition: Condition, values: Values) -> str:
@@ -105,7 +141,7 @@ def _comparison_sql(comparison: Comparison, values: Values) -> str:
     kind = comparison.value[0]
     operator = {"eq": "=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}[comparison.operator]
     values |= {
-        names["name"]: comparison.key.encode("utf-8", "surrogatepass"),
+        names["name"]: attribute_name(comparison.key),
         names["value"]: comparison.value,
         names["least"]: bytes([kind]),
         names["beyond"]: bytes([kind + 1]),

@@ -1,13 +1,21 @@
-"""The words of a query that a keyword search looks for."""
+"""The words of queries and of texts, which a keyword search compares."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from unicodedata import normalize
 
 MAX_WORDS = 64
 """Different words of a query that count."""
-_WORD = re.compile(r"\w+")
+ENOUGH = 0.4
+"""The share of a query's words that a chunk needs to count as found by them in a hybrid search.
+
+Fusion by ranks takes the first hit of each list for equally good. A question put in other words than its answer has
+hits that share one word with it by chance, and without this rule they displace what was found by meaning."""
+_ACCENTS = "\u0300-\u036f"
+_WORD = re.compile(rf"[^\W_](?:[^\W_]|[{_ACCENTS}])*")
+"""Letters and digits, with accents that stand behind their letter; as SQLite's unicode61 has it."""
+_ACCENT = re.compile(f"[{_ACCENTS}]")
 _STOP_WORDS = """
 a about after all also am an and any are as at be because been before being but by can could did do does doing for from
 get had has have having he her here hers him his how i if in into is it its just me more most my no not of off on or our
@@ -22,16 +30,15 @@ A question has many of them and the passage that answers it few, so that each wo
 
 
 def query_words(text: str) -> list[str]:
-    """The different words of a text, in order, without stop words unless there are no others."""
-    words = list(dict.fromkeys(_WORD.findall(text)))
-    telling = [word for word in words if word.lower() not in STOP_WORDS]
+    """The different words of a text in lower case, in order, without stop words unless there are no others."""
+    words = list(dict.fromkeys(_WORD.findall(normalize("NFC", text).lower())))
+    telling = [word for word in words if word not in STOP_WORDS]
     return (telling or words)[:MAX_WORDS]
 
 
-def fair_share(words: Sequence[str]) -> int:
-    """How many of the words a chunk needs to count as found by them in a hybrid search: two fifths.
+def plain_words(text: str) -> str:
+    """All words of a text, in lower case and without accents, with a space between them.
 
-    Fusion by ranks takes the first hit of each list for equally good. A question put in other words than its answer has
-    hits that share one word with it by chance, and without this rule they displace what was found by meaning.
+    A search engine that has ideas of its own about numbers, addresses and hyphens finds none to have them about.
     """
-    return -(-2 * len(words) // 5)
+    return " ".join(_WORD.findall(normalize("NFC", _ACCENT.sub("", normalize("NFD", text.lower())))))

@@ -46,8 +46,23 @@ def test_chunks_overlap_by_whole_sentences_where_they_fit() -> None:
 def test_a_text_without_a_space_is_cut_all_the_same() -> None:
     """A megabyte that a tokenizer calls one unknown word would else be one chunk."""
     chunks = texts("x" * 100_000, 16, 4)
-    assert max(len(text) for text in chunks) <= 16 * LONGEST_TOKEN_CHARS
+    assert max(len(text) for text in chunks) < 16 * 2 * LONGEST_TOKEN_CHARS
     assert chunks[0] in "x" * 100_000
+
+
+def test_no_piece_of_a_long_word_is_short() -> None:
+    """A hundred letters are one token as the end of a long word, and may be a hundred as a word of their own."""
+    for rest in range(1, LONGEST_TOKEN_CHARS):
+        chunks = chunk(text := "x" * (16 * LONGEST_TOKEN_CHARS + rest), words(text), ChunkSettings(16, 0))
+        assert min(len(c.text) / c.tokens for c in chunks) >= LONGEST_TOKEN_CHARS
+
+
+def test_an_overlap_of_half_makes_no_chunk_that_lies_in_another() -> None:
+    """Each such chunk would be stored, searched and shown a second time."""
+    text = "one two three four. five six seven eight nine ten eleven twelve"
+    chunks = chunk(text, words(text), ChunkSettings(8, 4))
+    assert all(b.end > a.end for a, b in pairwise(chunks))
+    assert all(b.end > a.end for a, b in pairwise(chunk("? ? a ?", words("? ? a ?"), ChunkSettings(2, 1))))
 
 
 @given(st.text(st.sampled_from("ab .!?\n東é"), max_size=400), st.integers(2, 30), st.integers(0, 15))
@@ -56,7 +71,7 @@ def test_every_token_is_in_a_chunk_and_no_chunk_is_too_long(text: str, tokens: i
     spans = words(text)
     chunks = chunk(text, spans, ChunkSettings(tokens, min(overlap, tokens // 2)))
     covered = {n for c in chunks for n, (start, end) in enumerate(spans) if c.start <= start and end <= c.end}
-    if all(end - start <= LONGEST_TOKEN_CHARS for start, end in spans):
+    if all(end - start < 2 * LONGEST_TOKEN_CHARS for start, end in spans):
         assert covered == set(range(len(spans)))
     for c in chunks:
         assert c.text == text[c.start : c.end]

@@ -10,17 +10,19 @@ import random
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from llama_stack_memory.provider import serve_sqlite
+from llama_stack_memory.embedders import HashingEmbedder
 
 from llama_stack.apis import MemoryBanks
 from llama_stack.apis.memory_banks import QueryMode
-from llama_stack.storage import Database, open_store
+from llama_stack.storage import Database
 from llama_stack.testing.memory_banks import all_of, contents, hits
-from tests.providers.memory.killed import CONFIG, IDS, OWNER, text_of
+from tests.providers.memory.killed import IDS, opened, text_of
 
 pytestmark = pytest.mark.anyio
 
@@ -55,6 +57,10 @@ async def state_of(banks: MemoryBanks) -> State:
         chunks = {(hit.document_uuid, hit.text) for hit in await hits(banks, bank, k=1000)}
         assert {uuid for uuid, _ in chunks} == held.keys()
         assert all(text in held[uuid] for uuid, text in chunks)
+        for uuid, version in state[bank].items():
+            same = {"and": [{"eq": ["of", uuid]}, {"eq": ["version", version]}]}
+            by_filter = await hits(banks, bank, k=1000, filter=same)
+            assert {(hit.document_uuid, hit.text) for hit in by_filter} == {c for c in chunks if c[0] == uuid}
         for mode in (QueryMode.VECTOR, QueryMode.KEYWORD):
             by_search = await hits(banks, bank, "document version says", mode=mode, k=1000)
             assert {(hit.document_uuid, hit.text) for hit in by_search} == chunks
@@ -62,29 +68,61 @@ async def state_of(banks: MemoryBanks) -> State:
 
 
 async def no_orphans(database: Database) -> None:
-    """Rows of the parts of documents are rows of documents."""
+    """Rows of the parts of documents are rows of documents, and every document has all its parts."""
+    none = [
+        "FROM {documents} WHERE bank NOT IN (SELECT id FROM {banks})",
+        "FROM {chunks} c WHERE bank <> (SELECT bank FROM {documents} d WHERE d.id = c.id >> 20)",
+    ]
+    parts = [("chunks", "id >> 20"), ("attributes", "document")]
+    if database.dialect == "sqlite":
+        parts.append(("texts", "rowid >> 20"))
+        none.append("FROM {texts} WHERE rowid NOT IN (SELECT id FROM {chunks})")
+    for part, key in parts:
+        none.append(f"FROM {{{part}}} WHERE {key} NOT IN (SELECT id FROM {{documents}})")
+        none.append(f"FROM {{documents}} WHERE id NOT IN (SELECT {key} FROM {{{part}}})")
     async with database.read() as connection:
-        for part, key in (("chunks", "id >> 20"), ("texts", "rowid >> 20"), ("attributes", "document")):
-            lost = f"SELECT count(*) FROM {{{part}}} WHERE {key} NOT IN (SELECT id FROM {{documents}})"
-            assert await connection.scalar(database.sql(lost)) == 0
-        lost = "SELECT count(*) FROM {documents} WHERE bank NOT IN (SELECT id FROM {banks})"
-        assert await connection.scalar(database.sql(lost)) == 0
-        assert await connection.scalar(database.sql("SELECT count(*) FROM {chunks}")) == await connection.scalar(
-            database.sql("SELECT count(*) FROM {texts}")
-        )
+        for rows in none:
+            assert await connection.scalar(database.sql(f"SELECT count(*) {rows}")) == 0, rows
 
 
-async def test_what_was_answered_survives_kill_9(tmp_path: Path) -> None:
+async def indexes_equal_tables(database: Database) -> None:
+    """Each chunk has the vector of its own text, and the indexes that the store keeps hold what its tables hold."""
+    async with database.write() as connection:
+        if database.dialect == "sqlite":
+            assert await connection.scalar(database.sql("PRAGMA integrity_check")) == "ok"
+            await connection.execute(database.sql("INSERT INTO {texts} ({texts}, rank) VALUES ('integrity-check', 1)"))
+            texts = "SELECT c.vector, t.text FROM {chunks} c LEFT JOIN {texts} t ON t.rowid = c.id"
+        else:
+            graphs = "SELECT indexname FROM pg_indexes WHERE indexdef LIKE '% USING hnsw %'"
+            expected = [database.name(f"graph_{n}") for n in await connection.scalars(database.sql(BANKS))]
+            assert sorted(await connection.scalars(database.sql(graphs))) == sorted(expected)
+            texts = "SELECT CAST(vector AS text) AS vector, text FROM {chunks}"
+        for row in await connection.execute(database.sql(texts)):
+            stored = np.frombuffer(row.vector, np.float32) if isinstance(row.vector, bytes) else json.loads(row.vector)
+            assert np.allclose(stored, HashingEmbedder().embed([row.text])[0], atol=1e-6)
+
+
+BANKS = "SELECT id FROM {banks}"
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest) -> str:
+    """Where the rows lie."""
+    return "sqlite" if request.param == "sqlite" else str(request.getfixturevalue("postgresql_url"))
+
+
+async def test_what_was_answered_survives_kill_9(tmp_path: Path, url: str) -> None:
     """Kills at random moments within random operations; each is followed by a look at everything."""
     chance = random.Random(7)
-    command = [sys.executable, "-m", "tests.providers.memory.killed", str(tmp_path)]
+    command = [sys.executable, "-m", "tests.providers.memory.killed", str(tmp_path), url]
     writers = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3]
     )
     assert writers.stdin is not None
     assert writers.stdout is not None
     expected: State = {}
-    answered = 0
+    answered = cut_off = applied = 0
+    killed_in: Counter[str] = Counter()
     for seed in range(KILLS):
         writers.stdin.write(f"{seed}\n")
         writers.stdin.flush()
@@ -101,17 +139,25 @@ async def test_what_was_answered_survives_kill_9(tmp_path: Path) -> None:
             else:
                 pending = json.loads(line)
                 if answered >= wanted:
-                    await asyncio.sleep(chance.random() / 60)  # somewhere within the operation: the moment is the point
+                    await asyncio.sleep(
+                        chance.random() ** 2 / 12
+                    )  # somewhere within the operation: the moment is the point
                     os.kill(writer, signal.SIGKILL)
                     wanted = 10**9
-        async with open_store("sqlite", tmp_path) as store:
-            database = store.database(OWNER)
-            async with serve_sqlite(CONFIG, database) as banks:
-                found = await state_of(banks)
-                await no_orphans(database)
+        async with opened(tmp_path, url) as (banks, database):
+            found = await state_of(banks)
+            await no_orphans(database)
+            await indexes_equal_tables(database)
         assert found in (expected, None if pending is None else after(expected, pending)), seed
+        if pending is not None:
+            killed_in[pending["op"]] += 1
+            cut_off, applied = cut_off + 1, applied + (found != expected)
         expected = found
     writers.stdin.close()
     writers.stdout.close()
     writers.wait()
     assert answered >= KILLS
+    assert cut_off > 0
+    print(
+        f"{KILLS} kills, {answered} writes answered and there; {cut_off} cut off, {applied} of them whole: {killed_in}"
+    )

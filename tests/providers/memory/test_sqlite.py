@@ -3,34 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-import json
-from base64 import b64encode
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import pytest
 from llama_stack_memory import MemoryConfig
 from llama_stack_memory.banks import DatabaseBanks
-from llama_stack_memory.embedders import HashingEmbedder
+from llama_stack_memory.embedders import Chosen, HashingEmbedder
 from llama_stack_memory.extraction import Extractor
+from llama_stack_memory.interfaces import Span, Vectors
 from llama_stack_memory.provider import serve_sqlite
 from llama_stack_memory.sqlite_chunks import SqliteChunks
+from llama_stack_memory.tables import SQLITE_MIGRATIONS
 from llama_stack_memory.vectors import has_faiss, hnsw
 
 from llama_stack.apis import MemoryBanks
 from llama_stack.apis.memory_banks import IndexKind, QueryMode, QueryRequest
-from llama_stack.distribution import Distribution
-from llama_stack.errors import ConflictError, InvalidRequestError, ModelNotFoundError, SetupError, StorageFullError
-from llama_stack.plugins import discover
-from llama_stack.registry import Registry
-from llama_stack.server import listening
-from llama_stack.stack import Stack, running
+from llama_stack.errors import (
+    ConflictError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    NotFoundError,
+    SetupError,
+    StorageFullError,
+)
 from llama_stack.storage import Database, open_store
 from llama_stack.testing.memory_banks import ATLAS, MemoryBanksConformance, all_of, contents, document, found, hits
-from tests.draft_schemas import DraftSchemas
 
 pytestmark = pytest.mark.anyio
 
@@ -128,6 +128,91 @@ async def test_an_index_follows_what_another_process_writes(tmp_path: Path) -> N
             assert await found(one, "atlas", "capital") == ["new"]
 
 
+async def test_a_bank_that_another_process_dropped_leaves_no_index(tmp_path: Path) -> None:
+    """Its vectors would stay in the memory of this process for good."""
+    async with open_store("sqlite", tmp_path) as one_store, open_store("sqlite", tmp_path) as other_store:
+        name = "memory_banks.sqlite"
+        chunks = SqliteChunks(one_store.database(name))
+        async with serve_sqlite(HASHING, other_store.database(name)) as other:
+            one = DatabaseBanks(
+                one_store.database(name), chunks, Extractor(HASHING.documents), [HashingEmbedder()], HASHING
+            )
+            await one.create("atlas", "Atlas", list(ATLAS))
+            assert await found(one, "atlas", "Oslo", k=1) == ["oslo"]
+            await other.drop("atlas")
+            with pytest.raises(NotFoundError):
+                await found(one, "atlas", "Oslo")
+            assert chunks._indexes == {}
+
+
+async def test_a_bank_that_another_process_made_anew_has_its_new_model(tmp_path: Path) -> None:
+    """A query is judged by the bank as it is, not by the one of that name that this process knew."""
+    async with open_store("sqlite", tmp_path) as one_store, open_store("sqlite", tmp_path) as other_store:
+        one, other = (
+            DatabaseBanks(
+                store.database("memory_banks.sqlite"),
+                SqliteChunks(store.database("memory_banks.sqlite")),
+                Extractor(HASHING.documents),
+                [HashingEmbedder(), OtherEmbedder()],
+                HASHING,
+            )
+            for store in (one_store, other_store)
+        )
+        await one_store.database("memory_banks.sqlite").migrate(SQLITE_MIGRATIONS)
+        await one.create("atlas", "Atlas", list(ATLAS))
+        assert await found(one, "atlas", "Oslo", k=1) == ["oslo"]
+        await other.drop("atlas")
+        await other.create("atlas", "Atlas", list(ATLAS), embedding_model="other")
+        vector = OtherEmbedder().embed(["Oslo is the capital of Norway."])[0].tolist()
+        assert await found(one, "atlas", embedding=vector, k=1) == ["oslo"]
+
+
+async def test_documents_of_a_bank_that_is_made_anew_are_not_mixed_with_its_old_ones(database: Database) -> None:
+    """A reply that is read slowly is of the bank that was asked."""
+    async with serve_sqlite(HASHING, database) as banks:
+        await banks.create("atlas", "Atlas", list(ATLAS))
+        reply = await banks.get_documents("atlas", ["oslo", "rome"])
+        assert (await anext(reply)).uuid == "oslo"
+        await banks.drop("atlas")
+        await banks.create("atlas", "Atlas", [document("rome", "Another Rome.")])
+        assert await all_of(reply) == []
+
+
+async def test_embedding_and_reading_leave_the_event_loop_free(database: Database) -> None:
+    """Streams of tokens go on while a large insert is prepared: each call of the model waits until they did."""
+    loop = asyncio.get_running_loop()
+
+    class Waiting(HashingEmbedder):
+        """Computes only when the event loop has turned meanwhile."""
+
+        def embed(self, texts: Sequence[str]) -> Vectors:
+            asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(timeout=30)
+            return super().embed(texts)
+
+        def token_spans(self, text: str) -> list[Span]:
+            asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(timeout=30)
+            return super().token_spans(text)
+
+    await database.migrate(SQLITE_MIGRATIONS)
+    async with Extractor.started(HASHING.documents) as extractor:
+        banks = DatabaseBanks(database, SqliteChunks(database), extractor, [Waiting()], HASHING)
+        await banks.create("many", "Many", [document(f"d{n}", f"Number {n}.") for n in range(100)])
+        assert await found(banks, "many", "number 7", k=1) == ["d7"]
+
+
+async def test_settings_that_the_model_cannot_keep_stop_the_start(database: Database) -> None:
+    """Otherwise each bank that is created without sizes of its own would be refused, one request at a time."""
+
+    class Short(HashingEmbedder):
+        max_tokens = 100
+
+    chosen = Chosen(Short())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llama_stack_memory.provider.choose_embedder", lambda setting: chosen)
+        with pytest.raises(SetupError, match="chunk_tokens: feature-hashing reads 100 tokens, and 200 are asked for"):
+            await serve_sqlite(HASHING, database).__aenter__()
+
+
 async def test_a_write_that_fails_changes_nothing(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """At whichever statement the disk is full."""
     async with serve_sqlite(HASHING, database) as banks:
@@ -210,40 +295,3 @@ async def test_the_store_must_be_sqlite(postgresql_schema_url: str, tmp_path: Pa
         serving = serve_sqlite(HASHING, store.database("memory_banks.sqlite"))
         with pytest.raises(SetupError, match="storage.url is postgresql"):
             await serving.__aenter__()
-
-
-async def test_all_seven_operations_are_the_drafts(tmp_path: Path) -> None:
-    """A client that was generated from the draft reads every reply, over HTTP and with the draft's own schemas."""
-    draft = DraftSchemas()
-    providers = {"memory_banks": [{"provider": "sqlite", "config": {"embedder": "builtin:hashing"}}]}
-    distribution = Distribution.model_validate(
-        {"version": 1, "name": "t", "providers": providers, "server": {"port": 0, "drain_seconds": 1}}
-    )
-    stack = Stack(distribution, Registry(discover()), state_folder=tmp_path)
-    stored = [
-        {"uuid": uuid, "content": b64encode(text).decode(), "metadata": {"n": 1}, "mime_type": "text/plain"}
-        for uuid, text in (("oslo", b"Oslo \xc3\xa6"), ("rome", b"Rome"))
-    ]
-    changed = [stored[0] | {"metadata": {}}]
-    calls: list[tuple[str, str, dict[str, str], Any, list[Any]]] = [
-        ("POST", "/memory_banks/create", {"bank_uuid": "b", "bank_name": "B"}, stored[:1], []),
-        ("GET", "/memory_banks/get", {}, None, [{"uuid": "b", "name": "B"}]),
-        ("POST", "/memory_bank/insert", {"bank_uuid": "b"}, stored[1:], []),
-        ("POST", "/memory_bank/update", {"bank_uuid": "b"}, changed, []),
-        ("POST", "/memory_bank/get", {"bank_uuid": "b"}, ["rome", "none", "oslo"], [stored[1], changed[0]]),
-        ("POST", "/memory_bank/delete", {"bank_uuid": "b"}, ["none", "rome"], ["rome"]),
-        ("DELETE", "/memory_banks/drop", {"bank_uuid": "b"}, None, ["b"]),
-    ]
-    async with running(stack), listening(stack) as server, httpx2.AsyncClient(trust_env=False) as client:
-        client.base_url = httpx2.URL(server.url)
-        notice = (await client.get("/health/ready")).json()["providers"][0]["details"]["notice"]
-        assert "feature hashing" in notice
-        for method, path, query, body, expected in calls:
-            if body is not None:
-                draft.check_request(f"{method} {path}", body)
-            reply = await client.request(method, path, params=query, json=body)
-            assert reply.status_code == 200, reply.text
-            values = [json.loads(line) for line in reply.text.splitlines()]
-            assert values == expected
-            for value in values:
-                draft.check_reply(f"{method} {path}", value)

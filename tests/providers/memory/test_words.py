@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
-from llama_stack_memory.words import MAX_WORDS, fair_share, query_words
+from llama_stack_memory.words import MAX_WORDS, plain_words, query_words
 
 
 def test_words_that_say_nothing_are_left_out() -> None:
     """A question begins with them and its answer does not, so that each would pass for a rare word."""
-    assert query_words("How do I stop the KX-204's pump?") == ["stop", "KX", "204", "pump"]
+    assert query_words("How do I stop the KX-204's pump?") == ["stop", "kx", "204", "pump"]
 
 
 def test_a_question_of_nothing_else_keeps_them() -> None:
@@ -19,11 +18,18 @@ def test_a_question_of_nothing_else_keeps_them() -> None:
 
 def test_each_word_counts_once_and_not_more_than_so_many() -> None:
     """A page of text as a query must not become a thousand searches."""
-    assert query_words("snow snow rain snow") == ["snow", "rain"]
+    assert query_words("snow Snow rain SNOW") == ["snow", "rain"]
     assert len(query_words(" ".join(f"w{n}" for n in range(1000)))) == MAX_WORDS
 
 
-@pytest.mark.parametrize(("count", "share"), [(0, 0), (1, 1), (2, 1), (3, 2), (5, 2), (6, 3), (10, 4), (35, 14)])
-def test_a_fair_share_is_two_fifths_rounded_up(count: int, share: int) -> None:
-    """One word of two is enough, one of six is chance."""
-    assert fair_share(["w"] * count) == share
+def test_an_accent_belongs_to_its_letter_however_it_is_written() -> None:
+    """Two spellings of one text, which look the same to whoever types it."""
+    assert query_words("e\u0301clair x\u0301y") == ["\u00e9clair", "x\u0301y"]
+
+
+def test_plain_words_are_letters_and_digits() -> None:
+    """Nothing is left in which a parser would see an address, a sign or a hyphen."""
+    assert plain_words("See jane@corp.org/a_b: -5 \u00c5rsm\u00f8te, \u201cquoted\u201d, v3.11!") == (
+        "see jane corp org a b 5 arsm\u00f8te quoted v3 11"
+    )
+    assert plain_words(" ?! ") == ""

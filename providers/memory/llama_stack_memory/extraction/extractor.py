@@ -25,6 +25,8 @@ from .reader import READERS, RefusedError, decode
 TEXT_TYPES = ("text/plain", "text/markdown")
 MEDIA_TYPES = (*TEXT_TYPES, *READERS)
 """What is read here."""
+SMALL_BYTES = 65_536
+"""A text of that size is decoded where it is; some charsets take a second for a large one."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -61,7 +63,10 @@ class Extractor:
         if kind not in TEXT_TYPES:
             return await self._read(kind, charset, content)
         try:
-            text = decode(content, charset)
+            if len(content) <= SMALL_BYTES:
+                text = decode(content, charset)
+            else:
+                text = await asyncio.to_thread(decode, content, charset)
         except RefusedError as error:
             raise UnreadableDocumentError(str(error)) from None
         if len(text) > self._limits.characters:
@@ -76,7 +81,8 @@ class Extractor:
                 self._process = await self._start()
             try:
                 async with asyncio.timeout(limits.seconds):
-                    text = await _exchange(self._process, json.dumps(request).encode() + b"\n" + content)
+                    message = json.dumps(request).encode() + b"\n" + content
+                    text = await _exchange(self._process, message, most_bytes=4 * limits.characters)
             except BaseException as error:
                 await self._end()  # it is in the middle of something
                 if isinstance(error, TimeoutError):
@@ -114,11 +120,13 @@ def parse_mime_type(mime_type: str) -> tuple[str, str | None]:
     message = Message()
     message["content-type"] = mime_type
     charset = message.get_param("charset")
+    if isinstance(charset, tuple):  # 'charset*=...' of RFC 2231
+        charset = charset[2]
     kind = mime_type.partition(";")[0].strip().lower()
     return kind, charset if isinstance(charset, str) else None
 
 
-async def _exchange(process: asyncio.subprocess.Process, request: bytes) -> str | RefusedError:
+async def _exchange(process: asyncio.subprocess.Process, request: bytes, *, most_bytes: int) -> str | RefusedError:
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.write(request)
@@ -128,4 +136,6 @@ async def _exchange(process: asyncio.subprocess.Process, request: bytes) -> str 
         raise EOFError
     if "reason" in header:
         return RefusedError(header["reason"])
+    if header["size"] > most_bytes:  # it does what no reader does
+        raise EOFError
     return (await process.stdout.readexactly(header["size"])).decode("utf-8")

@@ -1,9 +1,10 @@
 """Reads documents in a process of its own, started by ``extractor.py`` as a script: it imports nothing of the stack.
 
 It takes requests on stdin and answers on stdout until stdin ends. A request is a line of JSON (``kind``, ``charset``,
-``size``, and the limits ``characters``, ``ratio`` and ``pages``) and ``size`` bytes of content; an answer a line of
-JSON, ``{"size": n}`` followed by n bytes of UTF-8, or ``{"reason": "..."}``. Memory is limited for the life of the
-process. Whatever exception a file makes a library raise is a reason; a crash or a hang is the parent's to see.
+``size``, and the limits ``characters``, ``ratio``, ``pages`` and ``seconds``) and ``size`` bytes of content; an answer
+a line of JSON, ``{"size": n}`` followed by n bytes of UTF-8, or ``{"reason": "..."}``. Memory is limited for the life
+of the process. Whatever exception a file makes a library raise is a reason; a crash or a hang is the parent's to see,
+and where there is no parent any more, a hang ends by itself.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import io
 import json
 import re
 import resource
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,7 +27,10 @@ CHARSETS = re.compile(
 """Of Python's codecs those of texts; others among them decompress, or take quadratic time."""
 RATIO_FREE_CHARACTERS = 1_000_000
 """Texts up to this length may be of any size beside their document."""
+GRACE_SECONDS = 1
+"""How much longer a document may take than its parent waits: where that was killed, nobody else ends this process."""
 _META_CHARSET = re.compile(rb"<meta[^>]{0,200}?charset\s*=\s*[\"']?\s*([\w.:-]{1,40})", re.IGNORECASE)
+_MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 _BLOCKS = (
     "address,article,aside,blockquote,br,caption,dd,div,dl,dt,figcaption,figure,footer,form,h1,h2,h3,h4,h5,h6,header,hr,"
     "li,main,nav,ol,p,pre,section,table,td,th,title,tr,ul"
@@ -58,7 +63,9 @@ class Text:
 def decode(content: bytes, charset: str | None) -> str:
     """The bytes as text, by default UTF-8. Raises ``RefusedError``, which says where the first wrong byte is."""
     try:
-        codec = codecs.lookup(charset or "utf-8-sig")
+        codec = codecs.lookup(charset or "utf-8")
+        if codec.name == "utf-8":
+            codec = codecs.lookup("utf-8-sig")  # a byte order mark is no part of the text
     except (LookupError, ValueError):
         raise RefusedError(f"charset {charset!r} is not known") from None
     if not CHARSETS.fullmatch(codec.name):
@@ -76,9 +83,7 @@ def read_html(content: bytes, charset: str | None, text: Text, pages: int) -> No
     """What a reader of the page sees, a line for each block."""
     from selectolax.lexbor import LexborHTMLParser
 
-    if charset is None and (found := _META_CHARSET.search(content, 0, 1024)):
-        charset = found[1].decode("ascii")
-    tree = LexborHTMLParser(decode(content, charset))
+    tree = LexborHTMLParser(decode(content, charset or _own_charset(content)))
     tree.strip_tags(_UNSEEN)
     for node in tree.css(_BLOCKS):
         node.insert_before("\n")
@@ -88,6 +93,17 @@ def read_html(content: bytes, charset: str | None, text: Text, pages: int) -> No
     for line in tree.root.text(deep=True).splitlines():
         if words := " ".join(line.split()):
             text.add(words + "\n")
+
+
+def _own_charset(content: bytes) -> str | None:
+    """What an HTML page says of itself: by a byte order mark, else in a ``meta`` element (HTML Standard, 13.2.3)."""
+    for mark, marked in _MARKS.items():
+        if content.startswith(mark):
+            return marked
+    found = _META_CHARSET.search(content, 0, 1024)
+    charset = found[1].decode("ascii") if found else None
+    # An element that can be read as ASCII is in no UTF-16, whatever it says.
+    return None if charset is None or charset.lower().startswith(("utf-16", "utf16")) else charset
 
 
 def read_pdf(content: bytes, charset: str | None, text: Text, pages: int) -> None:
@@ -192,7 +208,10 @@ def main() -> None:
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     while line := requests.readline():
         request = json.loads(line)
-        header, data = _answer(request, requests.read(request["size"]))
+        content = requests.read(request["size"])
+        signal.setitimer(signal.ITIMER_REAL, request["seconds"] + GRACE_SECONDS)  # then SIGALRM ends the process
+        header, data = _answer(request, content)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         answers.write(json.dumps(header).encode() + b"\n" + data)
         answers.flush()
 

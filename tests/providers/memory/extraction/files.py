@@ -197,7 +197,54 @@ GOOD: dict[str, bytes] = {
 }
 
 
-def malformed(count: int) -> Iterator[tuple[str, bytes]]:
+def _cut(content: bytes, count: int, most: float = 1.0) -> list[bytes]:
+    """The content cut off at ``count`` places, all within that part of it."""
+    return [content[: int(len(content) * most * n / count)] for n in range(1, count)]
+
+
+def _with(content: bytes, wrong: bytes, count: int) -> list[bytes]:
+    """The content with ``wrong`` put in at ``count`` places, one a time."""
+    return [content[:at] + wrong + content[at:] for at in (len(content) * n // count for n in range(count))]
+
+
+def malformed() -> list[tuple[str, bytes]]:
+    """Documents that are not what their media type says, whichever way one looks at them."""
+    ogg, gif, packed_text = b"OggS\0\2" + bytes(range(256)), b"GIF89a\xff\xfe\0", zlib.compress(b"Oslo" * 99)
+    of_kinds: dict[str, list[bytes]] = {
+        "text/plain": [*_with(GOOD["text/plain"], b"\xff", 6), *_with(GOOD["text/plain"], b"\0", 4), ogg, packed_text],
+        "text/markdown": [*_with(b"# Oslo\n\nSnow falls.", b"\xc3", 6), gif],
+        "text/html": [*_with(GOOD["text/html"], b"\xe9", 6), *_with(GOOD["text/html"], b"\0", 3), ogg],
+        "application/json": [
+            *_cut(GOOD["application/json"], 21),
+            *_with(GOOD["application/json"], b"\xfe", 4),
+            *(
+                b"{a: 1}",
+                b"{'a': 1}",
+                b"[1,]",
+                b"[1 2]",
+                b'{"a" 1}',
+                b"[NaN]",
+                b"[-Infinity]",
+                b"[01]",
+                b"nul",
+                b"// a",
+            ),
+            *(b'"\\x41"', b'"a\nb"', b'["\\ud800"]', b"{}{}", b"", b"[1]]"),
+        ],
+        "text/csv": [
+            *(b"a,b\n" + b"1,2\n" * n + row for n in (0, 3) for row in (b"1\n", b"1,2,3\n", b'1,"2', b'1,"2"x\n')),
+            *_with(GOOD["text/csv"], b"\xff", 4),
+        ],
+        "application/pdf": [
+            *_cut(GOOD["application/pdf"], 16, most=0.5),
+            *(b"", b"%PDF-1.7\n", gif, b"%PDF-1.7\n%%EOF", pdf(b"<< /Type /Catalog >>"), pdf(CATALOG, b"null")),
+            pdf(CATALOG, PAGES % (b"", 0)),
+        ],
+    }
+    return [(kind, content) for kind, contents in of_kinds.items() for content in contents]
+
+
+def changed(count: int) -> Iterator[tuple[str, bytes]]:
     """Good documents with bytes changed, cut out, doubled or cut off; always the same ones."""
     import random
 

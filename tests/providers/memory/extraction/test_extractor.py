@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from llama_stack_memory.config import DocumentLimits
 from llama_stack_memory.extraction import Extractor
 
 from llama_stack.errors import UnreadableDocumentError
-from tests.providers.memory.extraction.files import BOMBS, GOOD, malformed, pdf, pdf_page, stream, text_pdf
+from tests.providers.memory.extraction.files import BOMBS, GOOD, changed, malformed, pdf, pdf_page, stream, text_pdf
 
 pytestmark = pytest.mark.anyio
 
@@ -48,6 +51,13 @@ async def extractor() -> AsyncIterator[Extractor]:
             "city: Oslo\nfacts[0].snow: true\nfacts[1]: 1.5\nfacts[2]: null\nfacts[3]: a\n",
         ),
         ("application/json", b'"alone"', "alone\n"),
+        ("application/json; charset=utf-8", b'\xef\xbb\xbf["marked"]', "[0]: marked\n"),
+        ("text/csv; charset=UTF8", b"\xef\xbb\xbfcity\nOslo\n", "city: Oslo. \n"),
+        ("text/plain; charset=utf-8", b"\xef\xbb\xbfSnow", "Snow"),
+        ("text/plain; charset*=latin-1''iso-8859-1", "Snø".encode("latin-1"), "Snø"),
+        ("text/html", "<meta charset='utf-16'><p>Snø".encode(), "Snø\n"),
+        ("text/html", b"\xef\xbb\xbf" + "<meta charset='latin-1'><p>Snø".encode(), "Snø\n"),
+        ("text/html", "\ufeff<p>Snø".encode("utf-16-le"), "Snø\n"),
         ("application/json", b'{"a": "one\\u0000two"}', "a: onetwo\n"),
         ("text/csv", b'city,note\nOslo,"a ""b"", c"\n\nRome,\n', 'city: Oslo. note: a "b", c. \ncity: Rome. \n'),
         ("text/csv", b"", ""),
@@ -117,10 +127,20 @@ async def test_a_bomb_is_an_error_of_its_own_or_harmless(extractor: Extractor, n
     assert "capital" in await extractor.extract(GOOD["text/html"], "text/html")
 
 
-async def test_a_hundred_malformed_documents_are_refused_or_read(extractor: Extractor) -> None:
+async def test_a_hundred_malformed_documents_are_refused(extractor: Extractor) -> None:
+    """Each with a reason, and by one and the same process, which none of them brings down."""
+    documents = malformed()
+    assert len(documents) >= 100
+    for mime_type, content in documents:
+        with pytest.raises(UnreadableDocumentError):
+            print(mime_type, content, await extractor.extract(content, mime_type))
+    assert "capital" in await extractor.extract(GOOD["application/pdf"], "application/pdf")
+
+
+async def test_changed_documents_are_refused_or_read(extractor: Extractor) -> None:
     """Whatever of them is still readable is text; nothing else comes out than that and a reason."""
     refused = 0
-    for mime_type, content in malformed(100):
+    for mime_type, content in changed(100):
         try:
             await extractor.extract(content, mime_type)
         except UnreadableDocumentError:
@@ -159,6 +179,46 @@ async def test_a_request_that_is_cancelled_ends_the_work(extractor: Extractor) -
         await reading
     assert process.returncode is not None
     assert "capital" in await extractor.extract(GOOD["text/html"], "text/html")
+
+
+async def test_a_process_without_a_parent_ends_its_work(tmp_path: Path) -> None:
+    """Where the server was killed, nobody is left to stop a document that takes for ever."""
+    bomb = tmp_path / "bomb"
+    bomb.write_bytes(BOMBS["a tag with 100,000 attributes"]()[1] * 8)  # minutes, if it is let
+    parent = await asyncio.create_subprocess_exec(sys.executable, "-c", PARENT, str(bomb), stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    child = int(await parent.stdout.readline())
+    await asyncio.sleep(0.3)
+    parent.kill()
+    await parent.wait()
+    async with asyncio.timeout(20):
+        while await asyncio.to_thread(is_running, child):
+            await asyncio.sleep(0.05)
+
+
+PARENT = """
+import asyncio, sys
+from pathlib import Path
+from llama_stack_memory.config import DocumentLimits
+from llama_stack_memory.extraction import Extractor
+
+async def main():
+    async with Extractor.started(DocumentLimits(seconds=1)) as extractor:
+        await extractor.extract(b"<p>x", "text/html")
+        print(extractor._process.pid, flush=True)
+        await extractor.extract(Path(sys.argv[1]).read_bytes(), "text/html")
+
+asyncio.run(main())
+"""
+
+
+def is_running(process: int) -> bool:
+    """Whether it does anything; one that has ended may wait for somebody to ask how."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
 
 
 async def test_its_process_ends_with_it() -> None:
