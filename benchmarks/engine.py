@@ -40,6 +40,7 @@ from llama_stack_meta_reference.inference.native_runner import NativeRunner
 from llama_stack_meta_reference.inference.runner import Runner, TorchRunner
 from llama_stack_meta_reference.llama.config import LlamaConfig
 from llama_stack_meta_reference.llama.model import Llama
+from llama_stack_meta_reference.native.matrix import zeros_to_stream
 from quality import print_quality
 
 from llama_stack.apis.common import SamplingParams
@@ -186,7 +187,7 @@ _TINY = {"num_hidden_layers": 1, "intermediate_size": 8, "vocab_size": 8}
 
 def read_limit(size: float) -> float:
     """GB/s at which all threads together read ``size`` bytes again and again; small ones are in a cache in part."""
-    numbers = torch.ones(int(size / 4))
+    numbers = zeros_to_stream(int(size / 4), torch.float32)  # in large pages, as the weights are
     return numbers.nbytes / _fastest(numbers.sum) / 1e9
 
 

@@ -39,7 +39,7 @@ from llama_stack_meta_reference.tiny.start import start
 
 from llama_stack.apis.common import SamplingParams
 
-LOOKUP_TOKENS = 8
+LOOKUP_TOKENS = 11
 """What a distribution has by default."""
 _CASES = 40
 _SEED = 5

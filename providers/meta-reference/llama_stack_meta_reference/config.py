@@ -71,7 +71,7 @@ class ModelConfig(Config):
     prefill_tokens: int = Field(default=512, ge=1, le=65_536)
     """How many tokens one step reads, prompts and running answers together; between two steps every running answer
     gains a token."""
-    lookup_tokens: int = Field(default=8, ge=0, le=64)
+    lookup_tokens: int = Field(default=11, ge=0, le=64)
     """How many next tokens are guessed at most, from what followed the same words before; greedy answers only, which
     stay the same. 0 switches it off."""
     process: Literal["own", "shared"] = "own"

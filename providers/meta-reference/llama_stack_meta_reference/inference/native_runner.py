@@ -34,7 +34,7 @@ from ..native.library import (
     CWork,
     library,
 )
-from ..native.matrix import PackedMatrix, Scratch, padded
+from ..native.matrix import PackedMatrix, Scratch, padded, zeros_to_stream
 from .batch import Batch
 
 _BITS = {"float32": 32.0, "float16": 16.0, "int8": 8.25, "int4": 4.5}
@@ -126,8 +126,8 @@ class NativeRunner:
         # What is kept in full is attended to in full; beside rounded weights the cache's float16 does not show.
         dtype = _cache_dtype(kind)
         layer = blocks * config.n_kv_heads * lanes * BLOCK
-        self._keys: Tensor | None = torch.zeros(config.n_layers * layer, dtype=dtype)
-        self._values: Tensor | None = torch.zeros(config.n_layers * layer, dtype=dtype)
+        self._keys: Tensor | None = zeros_to_stream(config.n_layers * layer, dtype)
+        self._values: Tensor | None = zeros_to_stream(config.n_layers * layer, dtype)
         self._rows = 0
         self._logits = torch.empty(1, padded(config.vocab_size, PANEL))
         self._angles = (cosine, sine)

@@ -25,6 +25,7 @@ constexpr int PANEL = 16;         // output channels side by side
 constexpr int INPUT_MULTIPLE = 64;  // inputs are padded with zeros up to a multiple of this
 constexpr int BLOCK = 16;         // tokens in a cache block
 constexpr size_t TILE_BYTES = 384 << 10;  // of activations that are reused while panels stream by: fits a level 2 cache
+constexpr size_t AHEAD_BYTES = 2048;      // how far before they are read weights are asked for
 
 enum Kind { FLOAT32 = 0, FLOAT16 = 1, INT8 = 2, INT4 = 3 };
 
@@ -37,6 +38,16 @@ size_t panel_bytes(int kind, int inputs) {
         case FLOAT16: return size_t(inputs) * PANEL * 2;
         case INT8: return size_t(inputs) / 64 * (PANEL * 2 + 64 * PANEL);
         default: return size_t(inputs) / 32 * (PANEL * 2 + 16 * PANEL);
+    }
+}
+
+// Bytes of a panel, its scales included, for each vector of weights that is read.
+size_t vector_bytes(int kind) {
+    switch (kind) {
+        case FLOAT32: return PANEL * 4;
+        case FLOAT16: return PANEL * 2;
+        case INT8: return panel_bytes(kind, 64) / 16;
+        default: return panel_bytes(kind, 32) / 4;
     }
 }
 
@@ -132,16 +143,28 @@ struct Matrix {
     const uint8_t* panels;
 };
 
+// What a tile asks the memory for while it computes: every `pace` bytes from `from` on, once for each vector of weights.
+struct Ahead {
+    const uint8_t* from;
+    size_t pace;
+
+    void ask() {
+        _mm_prefetch((const char*)from, _MM_HINT_T0);
+        from += pace;
+    }
+};
+
 // The products of M rows with one panel over inputs [from, to), added to what `out` holds or, if is_first, replacing it.
 template <int M, bool HALF>
-void float_tile(const float* a, const uint8_t* panel, int from, int to, float* out, size_t stride, bool is_first) {
+void float_tile(const float* a, const uint8_t* panel, int from, int to, float* out, size_t stride, bool is_first,
+                Ahead ahead) {
     Floats acc[M];
     for (int r = 0; r < M; ++r) acc[r] = is_first ? zero() : load(out + r * stride);
     const float* x = a + size_t(from) * M;
     for (int i = from; i < to; ++i, x += M) {
         const Floats w = HALF ? load_half((const uint16_t*)panel + size_t(i) * PANEL)
                               : load((const float*)panel + size_t(i) * PANEL);
-        _mm_prefetch((const char*)(panel + size_t(i) * PANEL * (HALF ? 2 : 4) + 2048), _MM_HINT_T0);
+        ahead.ask();
 #pragma GCC unroll 16
         for (int r = 0; r < M; ++r) acc[r] = fma(splat(x[r]), w, acc[r]);
     }
@@ -150,7 +173,7 @@ void float_tile(const float* a, const uint8_t* panel, int from, int to, float* o
 
 template <int M, bool FOUR>
 void integer_tile(const Packed& p, int tile, const uint8_t* panel, int from, int to, float* out, size_t stride,
-                  bool is_first) {
+                  bool is_first, Ahead ahead) {
     constexpr int GROUP = FOUR ? 32 : 64, GROUP_BYTES = PANEL * 2 + (FOUR ? 16 : 64) * PANEL;
     Floats acc[M];
     for (int r = 0; r < M; ++r) acc[r] = is_first ? zero() : load(out + r * stride);
@@ -165,19 +188,18 @@ void integer_tile(const Packed& p, int tile, const uint8_t* panel, int from, int
         for (int r = 0; r < M; ++r) sums[r] = splat(starts[g * M + r]);
 #pragma GCC unroll 4
         for (int i = 0; i < GROUP; i += FOUR ? 8 : 4, w += 64) {
-            _mm_prefetch((const char*)(w + 2048), _MM_HINT_T0);
+            ahead.ask();
             const Bytes bytes = load_bytes(w);
             if constexpr (FOUR) {
                 const Bytes low = low_nibbles(bytes), high = high_nibbles(bytes);
 #pragma GCC unroll 16
-                for (int r = 0; r < M; ++r) sums[r] = dot_unsigned(sums[r], low, x[r]);
+                for (int r = 0; r < M; ++r) add_products(sums[r], low, x + r);
 #pragma GCC unroll 16
-                for (int r = 0; r < M; ++r) sums[r] = dot_unsigned(sums[r], high, x[M + r]);
+                for (int r = 0; r < M; ++r) add_products(sums[r], high, x + M + r);
                 x += 2 * M;
             } else {
-                const Bytes shifted = prepared(bytes);
 #pragma GCC unroll 16
-                for (int r = 0; r < M; ++r) sums[r] = dot_int8(sums[r], shifted, x[r]);
+                for (int r = 0; r < M; ++r) add_int8_products(sums[r], bytes, x + r);
                 x += M;
             }
         }
@@ -188,18 +210,18 @@ void integer_tile(const Packed& p, int tile, const uint8_t* panel, int from, int
 }
 
 template <int M>
-void tile_product(const Packed& a, int tile, const Matrix& w, int panel, int from, int to, float* out, size_t stride,
-                  bool is_first) {
-    const uint8_t* weights = w.panels + size_t(panel) * panel_bytes(w.kind, padded(w.inputs));
+void tile_product(const Packed& a, int tile, const Matrix& w, const uint8_t* panel, int from, int to, float* out,
+                  size_t stride, bool is_first, Ahead ahead) {
+    const float* floats = a.floats + a.offset(tile);
     switch (w.kind) {
-        case FLOAT32: return float_tile<M, false>(a.floats + a.offset(tile), weights, from, to, out, stride, is_first);
-        case FLOAT16: return float_tile<M, true>(a.floats + a.offset(tile), weights, from, to, out, stride, is_first);
-        case INT8: return integer_tile<M, false>(a, tile, weights, from, to, out, stride, is_first);
-        default: return integer_tile<M, true>(a, tile, weights, from, to, out, stride, is_first);
+        case FLOAT32: return float_tile<M, false>(floats, panel, from, to, out, stride, is_first, ahead);
+        case FLOAT16: return float_tile<M, true>(floats, panel, from, to, out, stride, is_first, ahead);
+        case INT8: return integer_tile<M, false>(a, tile, panel, from, to, out, stride, is_first, ahead);
+        default: return integer_tile<M, true>(a, tile, panel, from, to, out, stride, is_first, ahead);
     }
 }
 
-using TileProduct = void (*)(const Packed&, int, const Matrix&, int, int, int, float*, size_t, bool);
+using TileProduct = void (*)(const Packed&, int, const Matrix&, const uint8_t*, int, int, float*, size_t, bool, Ahead);
 constexpr TileProduct TILE_PRODUCTS[] = {
     nullptr,          tile_product<1>, tile_product<2>, tile_product<3>,  tile_product<4>,
     tile_product<5>,
@@ -219,19 +241,30 @@ void product(const Packed& a, const Matrix& w, float* out, size_t stride, bool a
     const size_t all_bytes = size_t(a.rows) * a.inputs * unit;
     const int part = all_bytes <= TILE_BYTES ? a.inputs : std::min(a.inputs, 512);
     const int tiles_at_once = std::max(1, int(TILE_BYTES / (size_t(m) * part * unit)));
+    const size_t next = panel_bytes(w.kind, padded(w.inputs)), line = vector_bytes(w.kind);
     for (int t0 = 0; t0 < tiles; t0 += tiles_at_once)
         for (int from = 0; from < a.inputs; from += part)
-            for (int panel = first; panel < last; ++panel)
-                for (int t = t0; t < std::min(tiles, t0 + tiles_at_once); ++t)
-                    TILE_PRODUCTS[a.rows_of(t)](a, t, w, panel, from, std::min(a.inputs, from + part),
+            for (int panel = first; panel < last; ++panel) {
+                const uint8_t* weights = w.panels + panel * next;
+                const int to = std::min(a.inputs, from + part), end = std::min(tiles, t0 + tiles_at_once);
+                const size_t begin = next * from / a.inputs, share = next * (to - from) / a.inputs / (end - t0);
+                for (int t = t0; t < end; ++t) {
+                    // A tile by itself reads weights as fast as they come. Of several the first alone would wait for them
+                    // while the memory rests with the others: so each asks for its part of the next panel.
+                    const Ahead ahead = end - t0 == 1 ? Ahead{weights + begin + AHEAD_BYTES, line}
+                                                      : Ahead{weights + next + begin + (t - t0) * share, line / (end - t0)};
+                    TILE_PRODUCTS[a.rows_of(t)](a, t, w, weights, from, to,
                                                 out + size_t(t) * m * stride + size_t(panel) * PANEL, stride,
-                                                !adds && from == 0);
+                                                !adds && from == 0, ahead);
+                }
+            }
 }
 
 // ---- Attention over a paged cache ----------------------------------------------------------------------------------
 
 constexpr int QUERIES = 8;        // query rows at a time, at most: each key and value is loaded once for all of them
 constexpr int SPAN = 32 * BLOCK;  // keys between two updates of the running softmax (Milakov & Gimelshein 2018)
+constexpr int BLOCKS_AHEAD = 2;   // so many blocks before they are read they are asked for: they may lie in any order
 constexpr float HIDDEN = -1e30f;  // the score of what a row does not see; finite, so that what is not stands out
 
 int lanes_of(int width) { return (width + 15) / 16 * 16; }
@@ -256,6 +289,10 @@ inline Floats load_cached(const uint8_t* base, size_t place) {
     return HALF ? load_half((const uint16_t*)base + place) : load((const float*)base + place);
 }
 
+inline void ask(const uint8_t* from, size_t bytes) {
+    for (size_t at = 0; at < bytes; at += 64) _mm_prefetch((const char*)(from + at), _MM_HINT_T0);
+}
+
 // outs[i][k..] += weights[i][t] * values[t][k..] over the tokens of a span, for C vectors of k at a time.
 template <int Q, int C, bool HALF>
 void add_values(const Cache& cache, const int32_t* table, int head, int tokens, const float (*weights)[SPAN + 4 * BLOCK],
@@ -263,10 +300,14 @@ void add_values(const Cache& cache, const int32_t* table, int head, int tokens, 
     Floats acc[Q][C];
     for (int i = 0; i < Q; ++i)
         for (int c = 0; c < C; ++c) acc[i][c] = load(outs[i] + k + c * 16);
+    constexpr size_t BYTES = HALF ? 2 : 4;
+    const int last = (tokens - 1) / BLOCK;
     for (int s = 0; s < tokens; s += BLOCK) {
         const uint8_t* values = cache.values + cache.at(table[s / BLOCK], head);
+        const uint8_t* later = cache.values + cache.at(table[std::min(s / BLOCK + BLOCKS_AHEAD, last)], head);
         const int inside = std::min(BLOCK, tokens - s);
         for (int t = 0; t < inside; ++t) {
+            ask(later + (size_t(t) * cache.lanes + k) * BYTES, C * 16 * BYTES);
 #pragma GCC unroll 4
             for (int c = 0; c < C; ++c) {
                 const Floats value = load_cached<HALF>(values, size_t(t) * cache.lanes + k + c * 16);
@@ -285,6 +326,7 @@ void attend(const Cache& cache, const int32_t* table, int head, const float* con
             float* const* outs) {
     constexpr int AT_ONCE = Q >= 4 ? 1 : 4 / Q;  // blocks, so that there are sums enough to hide a sum's latency
     constexpr int VECTORS = Q == 8 ? 2 : 4;
+    constexpr size_t KEY_BYTES = BLOCK * (HALF ? 2 : 4);  // of one k of a block's keys
     const int width = cache.width, lanes = cache.lanes;
     const int longest = *std::max_element(seen, seen + Q);
     alignas(64) float scores[Q][SPAN + 4 * BLOCK];
@@ -299,19 +341,27 @@ void attend(const Cache& cache, const int32_t* table, int head, const float* con
         const int32_t* span = table + from / BLOCK;
         const int tokens = std::min(SPAN, longest - from), blocks = (tokens + BLOCK - 1) / BLOCK;
         for (int first = 0; first < blocks; first += AT_ONCE) {
-            const uint8_t* keys[AT_ONCE];
-            for (int b = 0; b < AT_ONCE; ++b)
+            const uint8_t *keys[AT_ONCE], *later[AT_ONCE];
+            for (int b = 0; b < AT_ONCE; ++b) {
+                const int ahead = first + b + std::max(AT_ONCE, BLOCKS_AHEAD);
                 keys[b] = cache.keys + cache.at(span[std::min(first + b, blocks - 1)], head);
+                // After the last keys come the first values.
+                later[b] = ahead < blocks ? cache.keys + cache.at(span[ahead], head)
+                                          : cache.values + cache.at(span[std::min(ahead - blocks, blocks - 1)], head);
+            }
             Floats acc[AT_ONCE][Q];
             for (int b = 0; b < AT_ONCE; ++b)
                 for (int i = 0; i < Q; ++i) acc[b][i] = zero();
-            for (int k = 0; k < width; ++k)
+            for (int k = 0; k < width; ++k) {
+                if (k * KEY_BYTES % 64 == 0)
+                    for (int b = 0; b < AT_ONCE; ++b) ask(later[b] + k * KEY_BYTES, 64);
 #pragma GCC unroll 4
                 for (int b = 0; b < AT_ONCE; ++b) {
                     const Floats key = load_cached<HALF>(keys[b], size_t(k) * BLOCK);
 #pragma GCC unroll 8
                     for (int i = 0; i < Q; ++i) acc[b][i] = fma(splat(packed[k * Q + i]), key, acc[b][i]);
                 }
+            }
             for (int b = 0; b < AT_ONCE; ++b)
                 for (int i = 0; i < Q; ++i) store(&scores[i][(first + b) * BLOCK], acc[b][i]);
         }
@@ -458,7 +508,7 @@ void pack(int kind, const float* weights, int outputs, int inputs, uint8_t* targ
                     const float scaled = lanes[lane] == 0 ? 0 : weight(lane, g * group + i) / lanes[lane];
                     if (kind == INT8) {
                         out[(i / 4) * 64 + lane * 4 + i % 4] =
-                            uint8_t(int8_t(std::clamp(std::nearbyint(scaled), -127.0f, 127.0f)));
+                            uint8_t(int(std::clamp(std::nearbyint(scaled), -127.0f, 127.0f)) + INT8_OFFSET);
                     } else {
                         const int code = int(std::clamp(std::nearbyint(scaled) + 8, 0.0f, 15.0f));
                         uint8_t& byte = out[(i / 8) * 64 + lane * 4 + i % 4];

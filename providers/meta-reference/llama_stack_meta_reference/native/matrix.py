@@ -7,6 +7,9 @@ per row and group: a loud row cannot disturb its neighbours. Shape suffixes: O o
 
 from __future__ import annotations
 
+import mmap
+from contextlib import suppress
+
 import torch
 from torch import Tensor
 
@@ -18,6 +21,26 @@ _LARGEST_HALF = 65504.0
 def padded(size: int, multiple: int) -> int:
     """``size``, or the next multiple."""
     return -(-size // multiple) * multiple
+
+
+def zeros_to_stream(count: int, dtype: torch.dtype) -> Tensor:
+    """Return (count,) zeros that are read from end to end: from a page's beginning, in large pages where there are any.
+
+    With small ones the processor waits for page tables beside memory: weights and cache do not fit what it remembers of
+    those. Raises ``MemoryError``.
+    """
+    size = count * dtype.itemsize
+    if not size:
+        return torch.zeros(0, dtype=dtype)
+    try:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"no memory for {size} bytes: {error}") from error
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    # Written now: whoever plans by what is free must find it taken, and a machine without room must say so here.
+    return torch.frombuffer(memory, dtype=dtype).zero_()
 
 
 class PackedMatrix:
@@ -32,10 +55,10 @@ class PackedMatrix:
         number, kernels = KINDS[kind], library()
         self.outputs = sum(padded(part.shape[0], PANEL) for part in parts[:-1]) + parts[-1].shape[0]
         sizes = [kernels.packed_bytes(number, part.shape[0], self.inputs) for part in parts]
-        self._panels = torch.zeros(sum(sizes) + 64, dtype=torch.uint8)
-        start = -self._panels.data_ptr() % 64
         self.bytes = sum(sizes)
-        self.c = CMatrix(number, self.outputs, self.inputs, self._panels.data_ptr() + start)
+        self._panels = zeros_to_stream(self.bytes, torch.uint8)
+        self.c = CMatrix(number, self.outputs, self.inputs, self._panels.data_ptr())
+        start = 0
         for part_OI, size in zip(parts, sizes, strict=True):
             weights_OI = part_OI.detach().to("cpu", torch.float32).contiguous()
             if kind != "float32" and float(weights_OI.abs().max()) > _LARGEST_HALF:

@@ -7,7 +7,7 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from llama_stack_meta_reference.inference.drafting import NGRAM, PromptLookup
+from llama_stack_meta_reference.inference.drafting import NGRAMS, PromptLookup
 from llama_stack_meta_reference.inference.kv_cache import BlockPool
 from llama_stack_meta_reference.inference.sampler import Sampler
 from llama_stack_meta_reference.inference.scheduler import Scheduler, Sequence
@@ -25,6 +25,13 @@ def test_what_followed_the_same_words_is_proposed() -> None:
 def test_the_latest_occurrence_counts() -> None:
     """What was said last is what is being repeated."""
     assert PromptLookup().propose([1, 2, 3, 4, 4, 1, 2, 3, 5, 5, 1, 2, 3], 2) == [5, 5]
+
+
+def test_the_longest_repetition_counts_before_the_latest() -> None:
+    """Text that is copied holds phrases that stand elsewhere too, and goes on as it does where it is copied from."""
+    copied, elsewhere = [1, 2, 3, 4, 5, 6, 7, 8], [4, 5, 6, 0]
+    assert PromptLookup().propose([*copied, *elsewhere, *copied[:6]], 2) == [7, 8]
+    assert PromptLookup().propose([*copied, *elsewhere, 9, *copied[3:6]], 1) == [0]
 
 
 def test_a_repetition_goes_on_past_the_end_of_the_text() -> None:
@@ -46,13 +53,16 @@ def test_looking_as_the_text_grows_is_looking_at_all_of_it(tokens: list[int], cu
     for cut in sorted(cuts):
         grown.propose(tokens[:cut], 4)
     found = grown.propose(tokens, 4)
-    occurrences = [end for end in range(NGRAM, len(tokens)) if tokens[end - NGRAM : end] == tokens[-NGRAM:]]
-    if not occurrences:
+    for length in NGRAMS:
+        places = [end for end in range(length, len(tokens)) if tokens[end - length : end] == tokens[-length:]]
+        if places:
+            break
+    else:
         assert found == []
         return
     text = list(tokens)
     for step in range(4):
-        text.append(text[occurrences[-1] + step])
+        text.append(text[places[-1] + step])
     assert found == text[len(tokens) :]
 
 
@@ -62,7 +72,7 @@ def test_a_long_prompt_is_indexed_within_a_few_steps() -> None:
     lookup = PromptLookup()
     assert lookup.propose(text, 2) == [8, 9]
     text += [5000, 5001, 5002]
-    assert [lookup.propose(text, 1) for _ in range(2)] == [[5003], [5003]]
+    assert [lookup.propose(text, 1) for _ in range(9)][4:] == [[5003]] * 5
 
 
 def test_guesses_grow_while_they_are_right_and_pause_while_they_are_wrong() -> None:

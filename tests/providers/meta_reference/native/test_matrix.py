@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from llama_stack_meta_reference.native.library import KINDS
-from llama_stack_meta_reference.native.matrix import PackedMatrix
+from llama_stack_meta_reference.native.matrix import PackedMatrix, zeros_to_stream
 from torch import Tensor
 
 from tests.providers.meta_reference.kernels import NEEDS_KERNELS
@@ -86,3 +86,11 @@ def test_weights_beyond_float16_are_refused() -> None:
     with pytest.raises(ValueError, match="beyond 65504 cannot be held as float16; use float32"):
         PackedMatrix("float16", [weights_OI])
     assert PackedMatrix("float32", [weights_OI]).product(torch.ones(1, 64)).isfinite().all()
+
+
+def test_memory_that_is_not_there_is_said_to_be_missing() -> None:
+    """As torch's own does: whoever loads a model answers for that, and for nothing else that a system may report."""
+    with pytest.raises(MemoryError, match="no memory for 1125899906842624 bytes"):
+        zeros_to_stream(1 << 50, torch.uint8)
+    assert not zeros_to_stream(3, torch.float16).any()
+    assert zeros_to_stream(0, torch.float32).shape == (0,)
