@@ -18,19 +18,29 @@ from ..llama.safetensors_weights import hugging_face_name
 from ..llama.tokenizer import Tokenizer
 from .plan import AdapterSettings
 
+_SCORE = "score.weight"
+
 
 def save_whole(trained: Mapping[str, Tensor], checkpoint: Checkpoint, tokenizer: Tokenizer, folder: Path) -> None:
     """Write the model that full training left, in the type in which its base is stored."""
+    weights = {_model_name(name): weight for name, weight in trained.items()}
+    score = weights.pop(_SCORE, None)
     llama = Llama(checkpoint.config, device="meta", dtype=torch.float32)
-    llama.load_state_dict({_model_name(name): weight for name, weight in trained.items()}, assign=True)
-    _save(llama, checkpoint, tokenizer, folder)
+    if score is not None:
+        llama.output = None
+    llama.load_state_dict(weights, assign=True)
+    _save(llama, score, checkpoint, tokenizer, folder)
 
 
 def save_merged(
     trained: Mapping[str, Tensor], scale: float, checkpoint: Checkpoint, tokenizer: Tokenizer, folder: Path
 ) -> None:
     """Write the base with an adapter worked in. It is read again, so that nothing of a rounded base gets in."""
-    _save(merged(trained, scale, checkpoint), checkpoint, tokenizer, folder)
+    score = trained.get(f"head.{_SCORE}")
+    llama = merged(trained, scale, checkpoint)
+    if score is not None:
+        llama.output = None
+    _save(llama, score, checkpoint, tokenizer, folder)
 
 
 @torch.no_grad()
@@ -80,12 +90,14 @@ def save_adapter(trained: Mapping[str, Tensor], settings: AdapterSettings, base:
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _save(llama: Llama, checkpoint: Checkpoint, tokenizer: Tokenizer, folder: Path) -> None:
+def _save(llama: Llama, score: Tensor | None, checkpoint: Checkpoint, tokenizer: Tokenizer, folder: Path) -> None:
     # A base model's folder may name the end of a text alone; what was learnt ends turns.
     ends = sorted({*checkpoint.eos_ids, *tokenizer.stop_ids})
     dtype = torch.float32 if checkpoint.rounding is not None else checkpoint.dtype
     bos = tokenizer.special("<|begin_of_text|>")
-    save_hugging_face(llama, folder, dtype=dtype, bos_id=bos, eos_ids=ends)
+    # A sequence ends with the end of a turn, so that cannot be the padding: its score would be another place's.
+    pad = tokenizer.special("<|finetune_right_pad_id|>")
+    save_hugging_face(llama, folder, dtype=dtype, bos_id=bos, eos_ids=ends, score=score, pad_id=pad)
     shutil.copyfile(checkpoint.tokenizer, folder / checkpoint.tokenizer.name)
 
 

@@ -23,18 +23,29 @@ from .layers import AdaptedLinear, FrozenLinear, NF4Linear, product_dtype
 from .plan import AdapterSettings
 from .samples import Packed, PackedView
 
+_SCORE_STD = 0.02
 Wanted = Literal["sum", "log_probs", "scores"]
 
 
 class Head(nn.Module):
-    """What states are turned into: log-probabilities of labels by the output matrix, or scores."""
+    """What states are turned into: log-probabilities of labels by the output matrix, or scores by a row."""
 
     def __init__(self, output: nn.Linear | AdaptedLinear | None, score: nn.Linear | None) -> None:
         super().__init__()
         self.output, self.score = output, score
 
-    def forward(self, states_LD: Tensor, labels_L: Tensor, table_VD: Tensor | None, is_summed: bool) -> Tensor:
-        """Log-probabilities of labels, each or summed; ``table_VD`` is the output where it is the embedding table."""
+    def forward(
+        self, states_LD: Tensor, labels_L: Tensor | None, table_VD: Tensor | None, is_summed: bool = False
+    ) -> Tensor:
+        """Log-probabilities of labels, each or summed; ``table_VD`` is the output where it is the embedding table.
+
+        Without labels the score of each state, (L,), always in float32.
+        """
+        if labels_L is None:
+            assert self.score is not None
+            with torch.autocast(states_LD.device.type, enabled=False):
+                scores_L1: Tensor = self.score(states_LD.float())
+            return scores_L1[:, 0]
         weight_VD = self.output.effective() if isinstance(self.output, AdaptedLinear) else table_VD
         if isinstance(self.output, nn.Linear):
             weight_VD = self.output.weight
@@ -68,10 +79,9 @@ class Network(nn.Module):
             run = partial(run_again_for_gradients, use_reentrant=False)
         states_ND = self.llama.hidden(packed.tokens_N, view, run)
         if wanted == "scores":
-            assert self.head.score is not None
-            scores_B1: Tensor = self.head.score(states_ND[packed.ends_B])
-            return scores_B1[:, 0].float()
-        table_VD = self.llama.tok_embeddings.weight
+            scores_B: Tensor = self.head(states_ND[packed.ends_B], None, None)
+            return scores_B
+        table_VD = self.llama.tok_embeddings.weight if self.llama.config.tied_embeddings else None
         logs: Tensor = self.head(states_ND[packed.places_L], packed.labels_L, table_VD, wanted == "sum")
         if wanted == "sum":
             return logs
@@ -92,6 +102,14 @@ class Network(nn.Module):
         }
 
 
+def new_score(llama: Llama, seed: int) -> nn.Linear:
+    """The row of a new reward model, small and random by the seed."""
+    score = nn.Linear(llama.config.dim, 1, bias=False)
+    with torch.no_grad():
+        score.weight.normal_(std=_SCORE_STD, generator=torch.Generator().manual_seed(seed))
+    return score.to(llama.tok_embeddings.weight.device)
+
+
 def keep_trained_in_float32(network: Network) -> None:
     """Make all weights trained ones, in float32: 16 bits would swallow most of what an update adds to them."""
     network.float().requires_grad_(True)
@@ -100,6 +118,8 @@ def keep_trained_in_float32(network: Network) -> None:
 def freeze(network: Network, *, is_rounded: bool) -> None:
     """Let nothing train, and keep matrices as they are stored or, ``is_rounded``, in NF4; the rest in float32."""
     network.requires_grad_(False)
+    if network.head.score is not None:
+        network.head.score.requires_grad_(True)
     for name, matrix in list(_matrices(network.llama)):
         frozen: nn.Linear | NF4Linear = matrix
         if is_rounded:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -48,9 +48,9 @@ def joined(device: str) -> Iterator[Ranks]:
     """Join the ranks that torchrun started, or stay alone. Raises ``SetupError`` for a device that is not there."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
-        yield Ranks(0, 1, _device(device, None), None)
+        yield Ranks(0, 1, device_of(device), None)
         return
-    here = _device(device, int(os.environ["LOCAL_RANK"]))
+    here = device_of(device, int(os.environ["LOCAL_RANK"]))
     if here.type == "cuda":
         torch.cuda.set_device(here)
     # Offloaded weights are reduced on the CPU, so a GPU's ranks know both ways to each other.
@@ -77,13 +77,28 @@ def like(value: Tensor, tensor: Tensor) -> Tensor:
     return value.to(tensor.device)
 
 
-def _device(name: str, local_rank: int | None) -> torch.device:
+def product_type(precision: str, device: torch.device) -> torch.dtype:
+    """What products are computed in on a device, where ``precision`` is as in ``TrainingSettings``."""
+    if precision == "auto":
+        # A CPU's losses are the same on any other: not all have units for 16 bits.
+        has_units = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_units else torch.float32
+    return torch.bfloat16 if precision == "bfloat16" else torch.float32
+
+
+def products_in(dtype: torch.dtype, device: torch.device) -> torch.autocast | nullcontext[None]:
+    """Within it, products of float32 tensors are computed in ``dtype``."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def device_of(name: str, local_rank: int | None = None) -> torch.device:
+    """The device of a name such as ``auto`` or ``cuda:1``. Raises ``SetupError`` for one that is not there."""
     has_gpu = torch.cuda.is_available()
     if name == "auto":
         name = "cuda" if has_gpu else "cpu"
     device = torch.device(name)
     if device.type not in ("cpu", "cuda"):
-        raise SetupError(f"device {name}: training runs on cpu or cuda")
+        raise SetupError(f"device {name}: it must be cpu or cuda")
     if device.type == "cpu":
         return device
     index = local_rank if local_rank is not None else device.index or 0

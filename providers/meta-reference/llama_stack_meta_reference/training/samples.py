@@ -109,6 +109,10 @@ class Encoder:
         prompt = _messages(row, "prompt")
         return tuple(self._dialog(prompt, _messages(row, column), column) for column in ("chosen", "rejected"))
 
+    def answer(self, prompt: Sequence[Message], answer: Message) -> Sample:
+        """A dialog and what the assistant says to it. Raises ``InvalidRequestError``."""
+        return self._dialog(prompt, [answer], "answer")
+
     def _dialog(self, prompt: Sequence[Message], messages: Sequence[Message], column: str = "dialog") -> Sample:
         """Learnt are the assistant's replies among ``messages`` with their ends."""
         if all(message.role != Role.ASSISTANT for message in messages):

@@ -12,7 +12,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -27,8 +26,8 @@ from ..llama.checkpoint import Checkpoint, load_model, open_checkpoint
 from ..llama.lora import load_adapter
 from ..llama.tokenizer import load_tokenizer
 from . import export
-from .network import Network, add_adapters, freeze, keep_trained_in_float32
-from .objectives import FineTuning, Objective, Preference
+from .network import Network, add_adapters, freeze, keep_trained_in_float32, new_score
+from .objectives import FineTuning, Objective, Preference, Reward
 from .plan import (
     CHECKPOINTS_FOLDER,
     REFERENCE_FILE,
@@ -47,9 +46,10 @@ from .plan import (
     checkpoint_name,
 )
 from .progress import Progress
-from .ranks import Ranks, whole
+from .ranks import Ranks, product_type, products_in, whole
 from .samples import Encoder, Rows, Sample, pack, portions, shown
 from .schedule import Schedule, learning_rate
+from .sharding import shard
 from .state import read_tensor, restore, whole_state, write_state
 from .store import newest_valid, save_checkpoint, settle, verify, write_folder
 
@@ -88,7 +88,7 @@ class Trainer:
         if not len(self._train):
             raise InvalidRequestError("the dataset has no rows; training needs one at least")
         self._schedule = Schedule(len(self._train), plan.training, plan.seed)
-        self._dtype = _product_dtype(plan.training.precision, ranks.device)
+        self._dtype = product_type(plan.training.precision, ranks.device)
         self._reference: Tensor | None = None
         self._objective = self._make_objective()
         self._adapter_settings = plan.adapter_settings
@@ -150,14 +150,18 @@ class Trainer:
     def _make_objective(self) -> Objective:
         if self._plan.kind == "sft":
             return FineTuning(self._encoder)
-        assert self._plan.kind == "dpo"
+        if self._plan.kind == "reward":
+            return Reward(self._encoder)
         return Preference(self._encoder, self._plan.preferences, self._kept_reference)
 
     def _make_network(self) -> Network:
         plan, checkpoint = self._plan, self._checkpoint
         is_full = plan.algorithm == "full"
         stored = torch.float32 if is_full or checkpoint.rounding is not None else checkpoint.dtype
-        network = Network(load_model(checkpoint, device=self._ranks.device, dtype=stored))
+        # What is sharded goes to its device unit by unit: no GPU has to hold all of it.
+        device = self._ranks.device if self._ranks.mesh is None else "cpu"
+        llama = load_model(checkpoint, device=device, dtype=stored)
+        network = Network(llama, new_score(llama, plan.seed) if plan.kind == "reward" else None)
         if is_full:
             keep_trained_in_float32(network)
         else:
@@ -172,6 +176,7 @@ class Trainer:
                 network, self._adapter_settings, plan.seed, has_magnitude=plan.algorithm == "dora", begun=begun
             )
         network.is_checkpointing = plan.training.is_checkpointing_activations
+        shard(network, self._ranks, plan.training)
         return network
 
     # One iteration
@@ -183,7 +188,7 @@ class Trainer:
         for part, part_rows, is_own in self._portions(groups, rows):
             # FSDP takes the mean of the ranks' gradients; what is wanted is their sum.
             share = self._ranks.count / weight if is_own else 0.0
-            with self._products():
+            with products_in(self._dtype, self._ranks.device):
                 outcome = self._objective.outcome(self.network, pack(part, self._ranks.device), part_rows)
             (outcome.loss * share).backward()  # type: ignore[no-untyped-call]
             if is_own:
@@ -207,11 +212,6 @@ class Trainer:
         limit = self._plan.optimizer.clip_norm
         norm = nn.utils.clip_grad_norm_(self.network.trained.values(), limit or math.inf)
         return float(whole(norm))
-
-    def _products(self) -> torch.autocast | nullcontext[None]:
-        if self._dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self._ranks.device.type, self._dtype)
 
     def _portions(
         self, groups: Sequence[Sequence[Sample]], rows: Sequence[int]
@@ -253,7 +253,7 @@ class Trainer:
             # Rows of the validation come after those of the training in what is kept of each.
             numbers = [len(self._train) + row for row in rows]
             for part, part_rows, is_own in self._portions(groups, numbers):
-                with self._products():
+                with products_in(self._dtype, self._ranks.device):
                     outcome = self._objective.outcome(self.network, pack(part, self._ranks.device), part_rows)
                 if is_own:
                     loss += float(outcome.loss)
@@ -291,7 +291,7 @@ class Trainer:
             rows = needed[first : first + size]
             groups = [self._row_of_either(row) for row in rows]
             for part, part_rows, is_own in self._portions(groups, rows):
-                with self._products():
+                with products_in(self._dtype, self._ranks.device):
                     logs = self.network(pack(part, self._ranks.device), "log_probs").view(-1, 2).cpu()
                 if is_own:
                     kept[torch.tensor(part_rows)] = logs
@@ -369,7 +369,7 @@ class Trainer:
         settings = self._adapter_settings
         if self._plan.algorithm == "full":
             export.save_whole(trained, self._checkpoint, self._tokenizer, folder)
-        elif settings.is_merged:
+        elif settings.is_merged or self._plan.kind == "reward":
             scale = settings.alpha / settings.rank
             export.save_merged(trained, scale, self._checkpoint, self._tokenizer, folder)
         else:
@@ -408,11 +408,3 @@ def _optimizer(plan: TrainingPlan, network: Network) -> torch.optim.Optimizer:
     kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
     made: torch.optim.Optimizer = kinds[plan.optimizer.kind](groups, lr=plan.optimizer.lr, fused=True)
     return made
-
-
-def _product_dtype(precision: str, device: torch.device) -> torch.dtype:
-    if precision == "auto":
-        # A CPU's losses are the same on any other: not all have units for 16 bits.
-        has_units = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if has_units else torch.float32
-    return torch.bfloat16 if precision == "bfloat16" else torch.float32

@@ -98,7 +98,7 @@ def test_adapter_gradients_are_those_of_peft(
     freeze(network, is_rounded=False)
     settings = AdapterSettings(rank=4, alpha=12, is_on_output=has_output)
     add_adapters(network, settings, 0, has_magnitude=use_dora)
-    targets = [*ALL_TARGETS, "lm_head"] if has_output else ALL_TARGETS
+    targets: list[str] = [*ALL_TARGETS, "lm_head"] if has_output else ALL_TARGETS
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         theirs = get_peft_model(reference, LoraConfig(r=4, lora_alpha=12, target_modules=targets, use_dora=use_dora))
@@ -112,7 +112,7 @@ def test_adapter_gradients_are_those_of_peft(
     with torch.no_grad():
         generator = torch.Generator().manual_seed(1)
         for mine, other in pairs.values():
-            mine += torch.randn(mine.shape, generator=generator) * 0.1
+            mine.add_(torch.randn(mine.shape, generator=generator), alpha=0.1)
             other.copy_(mine)
     assert len(pairs) == (14 + has_output) * (2 + use_dora)
     loss = -network(pack(sequences()), "sum")
