@@ -6,6 +6,7 @@ import fcntl
 import logging
 import os
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 
@@ -38,8 +39,9 @@ def run_job(job: Path) -> int:
     # Before torch is imported, which takes seconds in which SIGTERM may come.
     previous = signal.signal(signal.SIGTERM, stop)
     progress = Progress(job, is_first=is_first)
+    listeners = ExitStack()
     try:
-        return _run(job, progress, stopping)
+        return _run(job, progress, stopping, listeners)
     except StackError as error:
         progress.tell(Failed, reason=str(error), code=error.code)
         return EXIT_FAILED
@@ -48,13 +50,14 @@ def run_job(job: Path) -> int:
         progress.tell(Failed, reason=_reason(error), code="internal_error")
         return EXIT_FAILED
     finally:
+        listeners.close()
         progress.close()
         signal.signal(signal.SIGTERM, previous)
         if lock is not None:
             os.close(lock)
 
 
-def _run(job: Path, progress: Progress, stopping: list[int]) -> int:
+def _run(job: Path, progress: Progress, stopping: list[int], listeners: ExitStack) -> int:
     try:
         plan = TrainingPlan.load(job)
     except ValidationError as error:
@@ -62,15 +65,22 @@ def _run(job: Path, progress: Progress, stopping: list[int]) -> int:
         raise InvalidRequestError(f"plan.json: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     except OSError as error:
         raise SetupError(f"plan.json cannot be read: {error.strerror}") from None
+    from .loggers import loggers
     from .ranks import joined
+    from .search import run_search
     from .trainer import Trainer, finished_result
 
+    if progress.is_first:
+        listeners.enter_context(loggers(plan.loggers, job, progress))
     iters = finished_result(job)
     if iters is not None:
         progress.tell(Finished, iters=iters, folder=RESULT_FOLDER)
         return EXIT_DONE
     with joined(plan.device) as ranks:
-        Trainer(plan, job, progress, ranks).run(lambda: bool(stopping))
+        if plan.search is None:
+            Trainer(plan, job, progress, ranks).run(lambda: bool(stopping))
+        else:
+            run_search(plan, job, progress, ranks, lambda: bool(stopping))
     return EXIT_DONE
 
 

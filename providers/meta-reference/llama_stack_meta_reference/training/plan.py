@@ -29,6 +29,7 @@ again on a folder it goes on from the newest valid checkpoint; on one with a res
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -59,6 +60,9 @@ ATTENTION_MODULES: Mapping[str, str] = {
     "wo": "wo", "o_proj": "wo", "output_proj": "wo",
 }  # fmt: skip
 """What ``lora_attn_modules`` may name: Meta's, Hugging Face's and torchtune's names of the same four matrices."""
+
+_WEBHOOK = re.compile(r"https?://(?P<host>[A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(:[0-9]{1,5})?([/?][!-~]*)?")
+"""No more than what every parser reads the same way."""
 
 
 def checkpoint_name(iters: int) -> str:
@@ -190,7 +194,21 @@ class LoggerSettings(Config):
     webhook_url: str | None = None
     """Where each event but ``step`` is sent by POST as JSON. A webhook that fails is given up on, not the training."""
     webhook_hosts: tuple[str, ...] = ()
-    """The hosts that the distribution allows to be reached so; a ``webhook_url`` of another one is refused."""
+    """The hosts that the distribution allows to be reached so, in lower case; ``webhook_url`` must be of one of them."""
+
+    @model_validator(mode="after")
+    def _is_allowed(self) -> Self:
+        if self.webhook_url is None:
+            return self
+        match = _WEBHOOK.fullmatch(self.webhook_url)
+        if match is None:
+            raise ValueError("the webhook must be an http or https URL without user information")
+        if match["host"].lower() not in self.webhook_hosts:
+            raise ValueError(
+                f"the webhook's host {match['host']!r} is not allowed here; allowed: "
+                f"{', '.join(self.webhook_hosts) or 'none'}"
+            )
+        return self
 
 
 class TrainingPlan(Config):
@@ -324,7 +342,8 @@ class Trial(_Event):
     number: int
     trials: int
     settings: dict[str, float]
-    validation_loss: float
+    validation_loss: float | None = None
+    """None: the training came apart."""
 
 
 class Note(_Event):

@@ -15,9 +15,10 @@ Sink = Callable[[Event], None]
 
 
 class Progress:
-    """Appends events to the file of one job; made for the first rank only does anything."""
+    """Appends events to the file of one job; that of another rank than the first does nothing."""
 
     def __init__(self, job: Path, *, is_first: bool = True) -> None:
+        self.is_first = is_first
         self._file = None
         self.sinks: list[Sink] = []
         if is_first:

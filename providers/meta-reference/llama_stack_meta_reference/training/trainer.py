@@ -64,6 +64,10 @@ class Measured(NamedTuple):
     accuracy: float | None
 
 
+class DivergedError(InvalidRequestError):
+    """A loss or a gradient is no number any more."""
+
+
 class Trainer:
     """One training, from its plan to its result. ``run`` does it; between two runs nothing is kept but the folder."""
 
@@ -197,7 +201,7 @@ class Trainer:
         norm = self._clip()
         loss, correct = self._ranks.sums([loss, correct])
         if not math.isfinite(loss + norm):
-            raise InvalidRequestError(
+            raise DivergedError(
                 f"loss {loss / weight:g} and gradient {norm:g} in iteration {self._iters + 1}: the training has come "
                 "apart; try a smaller lr"
             )
