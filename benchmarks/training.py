@@ -44,7 +44,7 @@ from llama_stack_meta_reference.training.ranks import joined
 from llama_stack_meta_reference.training.trainer import Trainer
 from torch import Tensor, nn
 
-LENGTH, BATCH, STEPS = 512, 4, 4
+LENGTH, BATCH, STEPS = 512, 4, 3
 CLOCK = time.process_time
 """Seconds of all cores together: other processes of the machine disturb these much less than they do the time."""
 PAIRS = BATCH // 2

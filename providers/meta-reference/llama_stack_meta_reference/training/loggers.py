@@ -1,4 +1,4 @@
-"""Where events go besides ``progress.jsonl``: files for TensorBoard, and a webhook. Neither ever holds up a training."""
+"""Where events go besides ``progress.jsonl``: files for TensorBoard, and a webhook. Neither holds a training up."""
 
 from __future__ import annotations
 

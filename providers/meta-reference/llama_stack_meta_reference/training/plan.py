@@ -171,13 +171,14 @@ class SearchSettings(Config):
     """A search for settings: each trial is a training of its own, and the one of the least validation loss is kept."""
 
     method: Literal["grid", "random"] = "grid"
-    """All combinations in order, or ``trials`` different ones of them, drawn by the seed."""
+    """All combinations of the values in order, or ``trials`` different ones of them, drawn by the seed."""
     trials: int = Field(default=8, ge=1, le=256)
     """How many at most."""
-    lr: tuple[float, ...] = Field(default=(), max_length=64)
-    rank: tuple[int, ...] = Field(default=(), max_length=64)
-    alpha: tuple[float, ...] = Field(default=(), max_length=64)
-    batch_size: tuple[int, ...] = Field(default=(), max_length=64)
+    lr: tuple[Annotated[float, Field(ge=0, le=100)], ...] = Field(default=(), max_length=32)
+    """``lr_min`` goes along, as the share of it that it is in the plan."""
+    rank: tuple[Annotated[int, Field(ge=1, le=512)], ...] = Field(default=(), max_length=32)
+    alpha: tuple[Annotated[float, Field(gt=0, le=1_000_000)], ...] = Field(default=(), max_length=32)
+    batch_size: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(), max_length=32)
 
     @model_validator(mode="after")
     def _varies(self) -> Self:
@@ -194,7 +195,7 @@ class LoggerSettings(Config):
     webhook_url: str | None = None
     """Where each event but ``step`` is sent by POST as JSON. A webhook that fails is given up on, not the training."""
     webhook_hosts: tuple[str, ...] = ()
-    """The hosts that the distribution allows to be reached so, in lower case; ``webhook_url`` must be of one of them."""
+    """The hosts that the distribution allows to be reached so, in lower case; the webhook's must be one of them."""
 
     @model_validator(mode="after")
     def _is_allowed(self) -> Self:

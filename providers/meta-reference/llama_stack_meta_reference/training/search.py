@@ -47,7 +47,7 @@ def combinations(search: SearchSettings, seed: int) -> list[Settings]:
 
 
 def trial_plan(plan: TrainingPlan, settings: Settings) -> TrainingPlan:
-    """The plan of a trial. ``lr_min`` stays the same share of ``lr``. Raises ``ValueError`` for what is out of bounds."""
+    """The plan of a trial. ``lr_min`` stays the same share of ``lr``."""
     values = plan.model_dump(mode="json", exclude={"search"})
     if "lr" in settings:
         share = plan.optimizer.lr_min / plan.optimizer.lr if plan.optimizer.lr else 0.0

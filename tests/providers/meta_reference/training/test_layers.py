@@ -69,8 +69,13 @@ def test_a_frozen_product_is_that_of_the_widened_weight(kind: str, weight: Tenso
 def test_a_frozen_matrix_keeps_no_input(weight: Tensor) -> None:
     """What is kept for gradients is most of a training's memory."""
     kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
     x = torch.randn(5, 192, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         FrozenLinear(linear(weight))(x)
     assert kept == []
 
