@@ -43,12 +43,12 @@ def _tensorboard(folder: Path) -> Iterator[Sink]:
         raise SetupError("logger_config asks for TensorBoard, which is not installed: pip install tensorboard")
     from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(str(folder)) as writer:  # type: ignore[no-untyped-call]
+    with SummaryWriter(str(folder)) as writer:
 
         def write(event: Event) -> None:
             if isinstance(event, Step | Validation):
                 for name, value in event.model_dump(exclude={"time", "event", "iters"}, exclude_none=True).items():
-                    writer.add_scalar(f"{event.event}/{name}", value, event.iters)  # type: ignore[no-untyped-call]
+                    writer.add_scalar(f"{event.event}/{name}", value, event.iters)
 
         yield write
 

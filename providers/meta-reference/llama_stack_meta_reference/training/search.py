@@ -36,7 +36,7 @@ from .trainer import DivergedError, Trainer, finished_result
 Settings = Mapping[str, float]
 
 
-def combinations(search: SearchSettings, seed: int) -> list[Settings]:
+def combinations(search: SearchSettings, seed: int) -> Sequence[Settings]:
     """The settings of each trial: all combinations, the last setting varying fastest, or some that are drawn."""
     varied = {name: getattr(search, name) for name in ("lr", "rank", "alpha", "batch_size")}
     varied = {name: values for name, values in varied.items() if values}
