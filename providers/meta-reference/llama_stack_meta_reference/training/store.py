@@ -62,7 +62,7 @@ def verify(folder: Path) -> int:
     iters, listed = manifest.get("iters"), manifest.get("files")
     if manifest.get("version") != _VERSION or type(iters) is not int or not isinstance(listed, list):
         raise CheckpointError(f"{manifest_file}: not a manifest of version {_VERSION}")
-    entries = {entry.get("name"): entry for entry in listed if isinstance(entry, dict)}
+    entries = {str(entry.get("name")): entry for entry in listed if isinstance(entry, dict)}
     found = {
         str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()
     }
