@@ -19,6 +19,7 @@ from llama_stack.apis.common import Message
 from llama_stack.apis.synthetic_data_generation import (
     FilteringFunction,
     RewardScoringSettings,
+    RowLayout,
     StoreAs,
     SyntheticDataGenerationRequest,
 )
@@ -210,6 +211,23 @@ async def test_an_id_that_is_taken_is_refused_before_anything_is_sampled(tmp_pat
                 with pytest.raises(AlreadyExistsError):
                     await data.generate(asked.model_copy(update=other))
     assert len(model.requests) == sampled == 4
+
+
+async def test_equal_answers_make_no_pair(tmp_path: Path) -> None:
+    """A preference between two of the same score would teach a model nothing, or something wrong."""
+    model = ScriptedInference(by=lambda _: ["the same"])
+    store_as = StoreAs(dataset_uuid="pairs", layout=RowLayout.PREFERENCES)
+    async with open_store("sqlite", tmp_path) as store:
+        owner = "datasets.datasets"
+        async with (
+            start_datasets(DatasetsConfig(), store.database(owner), store.blobs(owner)) as datasets,
+            start_synthetic_data(CONFIG, model, rewards(), datasets) as data,
+        ):
+            told = (await data.generate(request("a", "b").model_copy(update={"store_as": store_as}))).statistics
+    assert told is not None
+    assert told["kept"] == 8
+    assert isinstance(told["dataset"], dict)
+    assert told["dataset"]["rows"] == 0
 
 
 async def test_a_prompt_that_cannot_be_answered_is_named() -> None:
