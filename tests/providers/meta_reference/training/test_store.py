@@ -67,6 +67,11 @@ def change_manifest(folder: Path, **values: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+def _as_pipe(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -74,7 +79,7 @@ def change_manifest(folder: Path, **values: object) -> None:
         lambda folder: (folder / "model.safetensors").unlink(),
         lambda folder: (folder / "more").write_text("x"),
         lambda folder: (folder / "link").symlink_to("/etc/passwd"),
-        lambda folder: ((folder / "model.safetensors").unlink(), os.mkfifo(folder / "model.safetensors")),
+        _as_pipe,
         lambda folder: (
             (folder / "model.safetensors").rename(folder.parent / "kept"),
             (folder / "model.safetensors").symlink_to(folder.parent / "kept"),
