@@ -5,7 +5,7 @@ is not up is answered 503 with the reason. Providers and faces hold this object 
 
 With one provider a call is forwarded as it stands. With several, a request that names a resource goes to the provider
 that owns it; one that creates a resource goes to the provider that already owns that id, or else to the first one; a
-list is the lists of all providers joined; and anything else goes to the first.
+list (a ``GET`` of lines) is the lists of all providers joined; and anything else goes to the first.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _dispatch(operation: Operation) -> Callable[..., Any]:
         backends: Sequence[Backend] = self._backends
         arguments = signature.bind(self, *args, **kwargs).arguments
         resource = operation.resource_of(arguments)
-        if resource is None and operation.shape is Shape.LINES:
+        if resource is None and operation.shape is Shape.LINES and operation.method == "GET":
             # each is asked before the first line: a list that ends early would look whole
             providers = [backend.running() for backend in backends]
             return _chained([await getattr(provider, operation.name)(*args, **kwargs) for provider in providers])

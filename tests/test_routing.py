@@ -55,6 +55,11 @@ class Choir(Api, name="choir", routed_by="voice"):
         """Lists."""
         raise NotImplementedError
 
+    @post("/choir/echo")
+    async def echo(self, order: list[str]) -> AsyncIterator[str]:
+        """Answers in lines and lists nothing."""
+        raise NotImplementedError
+
     @get("/choir/leader")
     async def leader(self) -> str:
         """Names nothing."""
@@ -85,6 +90,13 @@ class Singers(Choir):
         async def each() -> AsyncIterator[str]:
             for voice in self.voices:
                 yield voice
+
+        return each()
+
+    async def echo(self, order: list[str]) -> AsyncIterator[str]:
+        async def each() -> AsyncIterator[str]:
+            for word in order:
+                yield word
 
         return each()
 
@@ -151,6 +163,7 @@ async def test_a_new_name_is_refused_where_another_provider_has_it(choir: Choir)
 async def test_lists_are_joined_and_the_rest_goes_to_the_first(choir: Choir) -> None:
     """A list that showed one provider's resources only would hide the others."""
     assert [voice async for voice in await choir.all()] == ["alto", "bass", "tenor"]
+    assert [word async for word in await choir.echo(["la", "lo"])] == ["la", "lo"]
     assert await choir.leader() == "alto"
     assert await choir.names() == ["alto", "bass", "tenor"]
     assert await choir.owns("tenor")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from .common import Choice, Id, Items, JsonObject, Maybe, Message, Schema, draft
+from .common import EXTENSION, Choice, Id, Items, JsonObject, Maybe, Message, Schema, draft
 from .contract import Api, post
 from .reward_scoring import KScoredPromptGenerations
 
@@ -41,6 +41,25 @@ class RewardScoringSettings(Schema):
     seed: Maybe[Annotated[int, Field(ge=0, lt=2**63)]] = None
 
 
+class RowLayout(Choice):
+    """What a row of a dataset of kept answers holds."""
+
+    DIALOGS = "dialogs"
+    """Columns ``dialog`` (prompt and answer) and ``score``: for supervised fine-tuning."""
+    PREFERENCES = "preferences"
+    """Columns ``prompt``, ``chosen`` and ``rejected``: for preference optimisation. A row for each prompt with a kept
+    answer and a sample that scored less than the best of those: the best and the worst.
+    """
+
+
+class StoreAs(Schema):
+    """The dataset that a result shall become."""
+
+    dataset_uuid: Id
+    layout: RowLayout = RowLayout.DIALOGS
+    metadata: JsonObject = Field(default_factory=dict)
+
+
 class SyntheticDataGenerationRequest(
     Schema, title="Request to generate synthetic data. A small batch of prompts and a filtering function"
 ):
@@ -49,6 +68,8 @@ class SyntheticDataGenerationRequest(
     prompts: Items[Message]
     filtering_function: FilteringFunction = FilteringFunction.NONE
     reward_scoring: Annotated[Maybe[RewardScoringSettings], draft(type="object")] = None
+    store_as: Annotated[Maybe[StoreAs], EXTENSION] = None
+    """Keep the result as a dataset too; ``statistics`` then says how many rows it has."""
 
 
 class SyntheticDataGenerationResponse(
@@ -67,4 +88,8 @@ class SyntheticDataGeneration(Api, name="synthetic_data_generation"):
 
     @post("/synthetic_data_generation/generate")
     async def generate(self, request: SyntheticDataGenerationRequest) -> SyntheticDataGenerationResponse:
-        """Sample, score, filter."""
+        """Sample, score, filter, and where ``store_as`` is given, store.
+
+        Raises ``ModelNotFoundError`` for a generator or a reward model that is not served, and, before anything is
+        sampled, ``AlreadyExistsError`` when the dataset's id is taken by other data.
+        """

@@ -130,6 +130,10 @@ class BlockingDatasets(BlockingApi, of=Datasets):
     get_dataset = blocking(Datasets.get_dataset)
     delete_dataset = blocking(Datasets.delete_dataset)
     list_datasets = blocking(Datasets.list_datasets)
+    read = blocking(Datasets.read)
+    store = blocking(Datasets.store)
+    hold = blocking(Datasets.hold)
+    release = blocking(Datasets.release)
 
 
 class BlockingPostTraining(BlockingApi, of=PostTraining):
