@@ -23,18 +23,21 @@ import re
 import socket
 import ssl
 import stat
+import tempfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Protocol
+from typing import IO, TYPE_CHECKING, Annotated, Protocol
 from urllib.parse import unquote_to_bytes, urljoin
 
 from pydantic import Field
 
 from .apis.config import Config
-from .errors import DeadlineExceededError, UpstreamError, UrlNotAllowedError
+from .errors import DeadlineExceededError, StorageFullError, UpstreamError, UrlNotAllowedError
+from .storage.cancellation import in_thread
 
 if TYPE_CHECKING:
     from httpcore2 import AsyncConnectionPool, AsyncNetworkStream, Response
@@ -74,9 +77,9 @@ class FetchConfig(Config):
     """Ports that may be connected to."""
     file_roots: tuple[Path, ...] = ()
     """Absolute folders below which ``file:`` URLs may read."""
-    max_bytes: int = Field(default=16 * 1024 * 1024, ge=1, le=1024**3)
+    max_bytes: int = Field(default=16 * 1024 * 1024, ge=1, le=1024**5)
     """The most that is read, packed or unpacked."""
-    timeout_seconds: float = Field(default=20.0, gt=0, le=600)
+    timeout_seconds: float = Field(default=20.0, gt=0, le=86_400)
     """How long a fetch may take, with all its redirects."""
     max_redirects: int = Field(default=3, ge=0, le=10)
     """How many redirects are followed."""
@@ -91,6 +94,21 @@ class Fetched:
     body: bytes
     media_type: str | None
     """What the source calls it, in lower case. Nobody has checked that it is so."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a URL holds, as a file that can be read at any place; it is closed with the block that opened it."""
+
+    url: str
+    """The URL that it came from in the end."""
+    file: IO[bytes]
+    media_type: str | None
+    """What the source calls it, in lower case. Nobody has checked that it is so."""
+
+
+Sink = Callable[[bytes], Awaitable[object]]
+"""Takes a body piece by piece."""
 
 
 class Network(Protocol):
@@ -119,23 +137,72 @@ class Fetcher:
         Raises ``UrlNotAllowedError`` for one that may not be read or is not understood, ``UpstreamError`` for a source
         that fails, lies or sends too much, and ``DeadlineExceededError`` for one that takes too long.
         """
+        async with self._deadline():
+            if url.startswith("data:"):
+                return _decoded(url, self._config.max_bytes)
+            if url.startswith("file://"):
+                return await asyncio.to_thread(self._read_file, url)
+            body = bytearray()
+
+            async def keep(piece: bytes) -> None:
+                body.extend(piece)
+
+            found = await self._follow(url, keep)
+            return Fetched(found.url, bytes(body), found.media_type)
+
+    @asynccontextmanager
+    async def open(self, url: str, *, spool: Path | None = None) -> AsyncIterator[Opened]:
+        """What a URL holds as a file for the length of the block: for content that the memory may not hold.
+
+        A ``file:`` URL is the file itself. Anything else is written into the folder ``spool`` first (by default the
+        system's for temporary files), into a file without a name, which is gone with the block and with the process.
+
+        Raises as ``fetch`` does, and ``StorageFullError`` when the folder has no room left.
+        """
+        with ExitStack() as stack:
+            async with self._deadline():
+                if url.startswith("file://"):
+                    opened = Opened(url, await in_thread(lambda: stack.enter_context(self._open_file(url))), None)
+                else:
+                    file = await in_thread(lambda: stack.enter_context(tempfile.TemporaryFile(dir=spool)))
+                    opened = await self._spooled(url, file)
+            yield opened
+
+    async def _spooled(self, url: str, file: IO[bytes]) -> Opened:
+        def write(piece: bytes) -> None:
+            file.write(piece)
+            file.flush()  # others may read it by its descriptor
+
+        async def keep(piece: bytes) -> None:
+            try:
+                await in_thread(write, piece)
+            except OSError as error:
+                raise StorageFullError("there is no room left to keep what the URL holds") from error
+
+        if url.startswith("data:"):
+            decoded = _decoded(url, self._config.max_bytes)
+            await keep(decoded.body)
+            found = _Found(decoded.url, decoded.media_type)
+        else:
+            found = await self._follow(url, keep)
+        file.seek(0)
+        return Opened(found.url, file, found.media_type)
+
+    @asynccontextmanager
+    async def _deadline(self) -> AsyncIterator[None]:
         try:
             async with asyncio.timeout(self._config.timeout_seconds):
-                if url.startswith("data:"):
-                    return _decoded(url, self._config.max_bytes)
-                if url.startswith("file://"):
-                    return await asyncio.to_thread(self._read_file, url)
-                return await self._follow(url)
+                yield
         except TimeoutError as error:
             what = f"the URL was not read in {self._config.timeout_seconds:g} s"
             raise DeadlineExceededError(what) from error
 
-    async def _follow(self, url: str) -> Fetched:
+    async def _follow(self, url: str, keep: Sink) -> _Found:
         for _ in range(self._config.max_redirects + 1):
             target = _parsed(url)
             self._check(target)
-            answer = await self._get(target)
-            if isinstance(answer, Fetched):
+            answer = await self._get(target, keep)
+            if isinstance(answer, _Found):
                 return answer
             url = urljoin(target.url, answer)
             if target.scheme == "https" and url.startswith("http:"):
@@ -153,8 +220,8 @@ class Fetcher:
         if target.port not in self._config.ports:
             raise UrlNotAllowedError(f"the port {target.port} is not among those that may be read from")
 
-    async def _get(self, target: _Target) -> Fetched | str:
-        """What the target holds, or where it redirects to."""
+    async def _get(self, target: _Target, keep: Sink) -> _Found | str:
+        """What the target calls what it holds, which ``keep`` has then, or where it redirects to."""
         import httpcore2
 
         # the library connects here by name; what it gets is a stream to the address that was judged
@@ -164,7 +231,7 @@ class Fetcher:
         connected: list[AsyncNetworkStream] = []
         try:
             async with self._pool(addresses, connected) as pool, pool.stream("GET", url, headers=headers) as response:
-                return await self._read(target, response)
+                return await self._read(target, response, keep)
         except (httpcore2.NetworkError, httpcore2.ProtocolError, OSError) as error:
             raise UpstreamError(f"the URL's server failed: {type(error).__name__}") from error
         finally:
@@ -201,7 +268,7 @@ class Fetcher:
             raise UrlNotAllowedError(f"the host {target.host!r} has an address that is not public")
         return list(dict.fromkeys(addresses))[:MAX_ADDRESSES]
 
-    async def _read(self, target: _Target, response: Response) -> Fetched | str:
+    async def _read(self, target: _Target, response: Response, keep: Sink) -> _Found | str:
         headers = {name.lower(): value for name, value in response.headers}
         if response.status in _REDIRECTS:
             location = headers.get(b"location", b"").decode("latin-1")
@@ -212,16 +279,24 @@ class Fetcher:
             raise UpstreamError(f"the URL's server answered with {response.status}")
         unpacked = _Unpacked(headers.get(b"content-encoding", b"identity"), self._config.max_bytes)
         async for chunk in response.aiter_stream():
-            unpacked.add(chunk)
+            await keep(unpacked.add(chunk))
+        unpacked.check_end()
         found = _MEDIA_TYPE.match(headers.get(b"content-type", b""))
-        return Fetched(target.url, unpacked.whole(), found[1].decode().lower() if found else None)
+        return _Found(target.url, found[1].decode().lower() if found else None)
 
     def _read_file(self, url: str) -> Fetched:
+        with self._open_file(url) as file:
+            body = file.read(self._config.max_bytes + 1)
+        if len(body) > self._config.max_bytes:  # it has grown since it was opened
+            raise UrlNotAllowedError(f"the file holds more than {self._config.max_bytes} bytes")
+        return Fetched(url, body, None)
+
+    def _open_file(self, url: str) -> IO[bytes]:
         path = _file_path(url)
         root = next((root for root in self._config.file_roots if path.is_relative_to(root)), None)
         if root is None or not root.is_absolute():
             raise UrlNotAllowedError("the file is not below a folder that may be read from")
-        return Fetched(url, _read_below(root, path.relative_to(root), self._config.max_bytes), None)
+        return _open_below(root, path.relative_to(root), self._config.max_bytes)
 
 
 def is_public(address: str) -> bool:
@@ -235,6 +310,14 @@ def is_public(address: str) -> bool:
     if isinstance(ip, IPv6Address):
         return ip.scope_id is None and not any(ip in network for network in _TRANSLATED)
     return True
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a body was called, and the URL that it came from in the end."""
+
+    url: str
+    media_type: str | None
 
 
 @dataclass(frozen=True)
@@ -279,11 +362,11 @@ class _Unpacked:
         self._gzip = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS) if b"gzip" in name else None
         self._max_bytes = max_bytes
         self._received = 0
-        self._body = bytearray()
+        self._unpacked = 0
 
-    def add(self, chunk: bytes) -> None:
+    def add(self, chunk: bytes) -> bytes:
         self._received += len(chunk)
-        room = self._max_bytes - len(self._body)
+        room = self._max_bytes - self._unpacked
         if self._gzip is not None:
             try:
                 chunk = self._gzip.decompress(chunk, room + 1)
@@ -291,12 +374,12 @@ class _Unpacked:
                 raise UpstreamError("the URL's server sent gzip that cannot be unpacked") from error
         if len(chunk) > room or self._received > self._max_bytes:
             raise UpstreamError(f"the URL holds more than {self._max_bytes} bytes")
-        self._body += chunk
+        self._unpacked += len(chunk)
+        return chunk
 
-    def whole(self) -> bytes:
+    def check_end(self) -> None:
         if self._gzip is not None and (not self._gzip.eof or self._gzip.unused_data):
             raise UpstreamError("the URL's server sent gzip that ends too early or goes on after its end")
-        return bytes(self._body)
 
 
 def _decoded(url: str, max_bytes: int) -> Fetched:
@@ -329,7 +412,7 @@ def _file_path(url: str) -> Path:
     return Path(text)
 
 
-def _read_below(root: Path, path: Path, max_bytes: int) -> bytes:
+def _open_below(root: Path, path: Path, max_bytes: int) -> IO[bytes]:
     """A regular file below a folder. No component is a link, and none can become one between look and open."""
     opened: list[int] = []
     try:
@@ -339,18 +422,17 @@ def _read_below(root: Path, path: Path, max_bytes: int) -> bytes:
         # without O_NONBLOCK a pipe would be waited for
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         opened.append(os.open(path.name, flags, dir_fd=opened[-1]))
-        if not stat.S_ISREG(os.fstat(opened[-1]).st_mode):
+        found = os.fstat(opened[-1])
+        if not stat.S_ISREG(found.st_mode):
             raise UrlNotAllowedError("the file: URL names no regular file")
-        with os.fdopen(opened.pop(), "rb") as file:
-            body = file.read(max_bytes + 1)
+        if found.st_size > max_bytes:
+            raise UrlNotAllowedError(f"the file holds more than {max_bytes} bytes")
+        return os.fdopen(opened.pop(), "rb")
     except OSError as error:
         raise UrlNotAllowedError("the file: URL names no file that can be read") from error
     finally:
         for descriptor in opened:
             os.close(descriptor)
-    if len(body) > max_bytes:
-        raise UrlNotAllowedError(f"the file holds more than {max_bytes} bytes")
-    return body
 
 
 class _System:

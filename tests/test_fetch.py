@@ -310,6 +310,37 @@ async def test_a_packed_body_is_unpacked(net: Net) -> None:
         assert (await fetched(net)).body == b"page" * 1000
 
 
+async def test_a_body_that_may_not_fit_the_memory_is_opened_as_a_file(net: Net, tmp_path: Path) -> None:
+    """The same bytes as a fetch gives, spooled to a folder in which nothing is left, nor seen meanwhile."""
+    body = os.urandom(300_000)
+    fetcher = Fetcher(FetchConfig(hosts=("*",), file_roots=(tmp_path,)), network=net)
+    async with serving(net, answering(ok(gzip.compress(body), "content-encoding: gzip", "content-type: A/B; c=d"))):
+        async with fetcher.open("http://public.example/page", spool=tmp_path) as opened:
+            assert (opened.url, opened.media_type) == ("http://public.example/page", "a/b")
+            assert os.pread(opened.file.fileno(), 400_000, 0) == opened.file.read() == body
+            assert list(tmp_path.iterdir()) == []
+        assert opened.file.closed
+        with pytest.raises(UpstreamError, match="more than 100000 bytes"):
+            async with Fetcher(FetchConfig(hosts=("*",), max_bytes=100_000), network=net).open("http://public.example"):
+                raise AssertionError
+    async with fetcher.open("data:text/csv,a%0A1", spool=tmp_path) as opened:
+        assert (opened.file.read(), opened.media_type) == (b"a\n1", "text/csv")
+    (tmp_path / "rows").write_bytes(b"rows")
+    async with fetcher.open(f"file://{tmp_path}/rows") as opened:
+        assert os.fstat(opened.file.fileno()).st_ino == (tmp_path / "rows").stat().st_ino
+
+
+async def test_what_may_not_be_fetched_may_not_be_opened(net: Net, tmp_path: Path) -> None:
+    """Both ways pass the same judge."""
+    (tmp_path / "rows").write_bytes(b"0123456789")
+    fetcher = Fetcher(FetchConfig(hosts=("*",), file_roots=(tmp_path,), max_bytes=9), network=net)
+    for url in ("http://10.0.0.5/", "file:///etc/passwd", "ftp://x/", f"file://{tmp_path}/rows", "data:,0123456789"):
+        with pytest.raises(UrlNotAllowedError):
+            async with fetcher.open(url):
+                raise AssertionError
+    assert net.honeypot == 0
+
+
 async def test_a_header_of_a_megabyte_is_refused(net: Net) -> None:
     """Headers are held in memory before anybody looks at them."""
     async with serving(net, answering(ok(b"x", "x-long: " + "a" * 1_000_000))):
