@@ -1,0 +1,1 @@
+"""Datasets: their descriptions in the store, their rows wherever they lie."""

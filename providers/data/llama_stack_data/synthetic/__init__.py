@@ -1,0 +1,1 @@
+"""Synthetic data: sampled, scored, filtered, stored."""
