@@ -34,8 +34,8 @@ class DatasetsConfig(Config):
     """Where datasets may be, and what reading them may cost."""
 
     fetch: FetchConfig = FetchConfig(max_bytes=4 * 1024**3, timeout_seconds=600)
-    """What of the URLs of datasets may be read. Where nothing is said `hosts` and `file_roots` are empty, and other than
-    elsewhere `max_bytes` is 4 GiB and `timeout_seconds` 600.
+    """What of the URLs of datasets may be read. Where nothing is said `hosts` and `file_roots` are empty, as
+    everywhere, `max_bytes` is 4 GiB and `timeout_seconds` 600.
     """
     rows: RowLimits = RowLimits()
     """What reading them may cost."""

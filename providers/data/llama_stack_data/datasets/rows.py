@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import sys
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -18,7 +19,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
 
-from pydantic import ConfigDict, Field, JsonValue, Strict, TypeAdapter, ValidationError, with_config
+from pydantic import AfterValidator, ConfigDict, JsonValue, TypeAdapter, ValidationError, with_config
 from pydantic_core import from_json
 from typing_extensions import TypedDict
 
@@ -37,11 +38,21 @@ WAIT_SECONDS = 30.0
 """How long a read waits for another one to end where as many run as may."""
 FREE_OUTPUT_BYTES = 64 * 1024 * 1024
 """A file may unpack to this much, whatever its size."""
+
+
+def _number(value: JsonValue) -> JsonValue:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"this is {'null' if value is None else f'a {type(value).__name__}'}")
+    if not math.isfinite(value) or (isinstance(value, int) and not -(2**63) <= value < 2**64):
+        raise ValueError("this one is not")
+    return value
+
+
 _CELLS: Mapping[ColumnKind, Any] = {
     ColumnKind.DIALOG: list[Message],
     ColumnKind.TEXT: str,
     ColumnKind.MEDIA: URL | Attachment,
-    ColumnKind.NUMBER: Annotated[int, Strict(), Field(ge=-(2**63), lt=2**64)] | Annotated[float, Strict()],
+    ColumnKind.NUMBER: Annotated[JsonValue, AfterValidator(_number)],
     ColumnKind.JSON: JsonValue,
 }
 _WORDS: Mapping[ColumnKind, str] = {
