@@ -267,9 +267,9 @@ async def test_parquet_that_is_cut_or_is_none_is_refused(files: Files, cut: int)
 
 
 async def test_no_flip_of_a_bit_in_parquet_gets_past_the_reader(files: Files) -> None:
-    """Rows or a typed error, each time: 60 places all over the file."""
+    """Rows or a typed error, each time: 30 places all over the file."""
     content = bytearray(parquet({"t": [f"text number {n}" for n in range(200)]}))
-    for place in range(0, len(content), max(1, len(content) // 60)):
+    for place in range(0, len(content), max(1, len(content) // 30)):
         content[place] ^= 0x10
         with suppress(InvalidRequestError):
             await files.read("flip.parquet", bytes(content), t=TEXT)
@@ -280,7 +280,8 @@ async def test_a_parquet_bomb_is_refused(files: Files) -> None:
     """A cell larger than the child's memory, and rows without end in a small file."""
     huge = parquet({"t": ["x" * 40_000_000]}, compression="zstd(3)", dictionary_enabled=False)
     assert len(huge) < 20_000
-    assert "row 1" in (await files.refused("cell.parquet", huge, t=TEXT)).detail
+    said = (await files.refused("cell.parquet", huge, t=TEXT)).detail
+    assert any(words in said for words in ("has more than 100000 bytes", "more memory", "too much memory"))
     many = parquet({"t": ["y" * 90_000] * 1000}, compression="zstd(3)")
     assert "unpacks to far more than its size" in (await files.refused("many.parquet", many, t=TEXT)).detail
 

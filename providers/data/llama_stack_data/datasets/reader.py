@@ -20,6 +20,7 @@ from typing import IO, Any, NoReturn
 
 BATCH_ROWS = 64
 """How many rows of a Parquet file are in memory as JSON at a time."""
+_TOO_MUCH = "takes more memory than reading a row may take"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -185,10 +186,12 @@ def _write_rows(file: IO[bytes], request: dict[str, Any], answers: IO[bytes]) ->
     except RefusedError as error:
         return {"reason": str(error), "row": error.row, "column": error.column}
     except MemoryError:
-        return {"reason": "takes more memory than reading a row may take", "row": number + 1}
+        return {"reason": _TOO_MUCH, "row": number + 1}
     except BrokenPipeError:  # nobody wants the rest
         raise
     except BaseException as error:  # a file can make a library raise anything, a Rust panic among it
+        if "MemoryError" in str(error):  # it came through a library
+            return {"reason": _TOO_MUCH, "row": number + 1}
         said = " ".join(str(error).split())[:200].encode("utf-8", "replace").decode()
         return {"reason": f"is no valid {request['form']}: {said or type(error).__name__}"}
     return None

@@ -148,21 +148,21 @@ class RowReader:
         """
         check = RowCheck(columns)
         number = span.offset
+        last = b""
         async with self._slot(), self._child(file, form, columns, span) as child:
             held = bytearray()
-            while lines := await self._lines(child, held):
-                ends = lines[-1][:1] in (b".", b"!")
-                rows = lines[:-1] if ends else lines
-                checked, fault = await asyncio.to_thread(check.check_all, rows, number)
+            while not last and (lines := await self._lines(child, held)):
+                if lines[-1][:1] in (b".", b"!"):
+                    *lines, last = lines
+                checked, fault = await asyncio.to_thread(check.check_all, lines, number)
                 for row in checked:
                     yield row
                 if fault is not None:
                     raise fault
-                number += len(rows)
-                if lines[-1][:1] == b"!":
-                    raise _refused(json.loads(lines[-1][1:]))
-                if ends:
-                    return
+                number += len(lines)
+        if last[:1] == b"!":
+            raise _refused(json.loads(last[1:]))
+        if not last:
             raise UnreadableDocumentError(
                 f"the content cannot be read: after row {number} it crashed the reader, or took too much memory",
                 param="dataset",
@@ -210,12 +210,14 @@ class RowReader:
                 child.stdin.write(json.dumps(request).encode() + b"\n")
                 await child.stdin.drain()
             yield child
-        finally:
+        except BaseException:  # it is in the middle of something; otherwise it has written its last line, and ends
             with suppress(ProcessLookupError):
                 child.kill()
+            raise
+        finally:
             await child.wait()
 
-    async def _lines(self, child: asyncio.subprocess.Process, held: bytearray) -> Sequence[bytes]:
+    async def _lines(self, child: asyncio.subprocess.Process, held: bytearray) -> list[bytes]:
         """The next whole lines, none at the end of the output; ``held`` keeps what has come of the line after them."""
         assert child.stdout is not None
         while True:
@@ -226,7 +228,7 @@ class RowReader:
                 what = f"the content cannot be read: a row takes more than {self._limits.seconds:g} s"
                 raise UnreadableDocumentError(what, param="dataset") from None
             if not chunk:
-                return ()
+                return []
             whole, newline, rest = chunk.rpartition(b"\n")
             if newline:
                 lines = (bytes(held) + whole).split(b"\n")
