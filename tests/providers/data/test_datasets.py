@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 from llama_stack_data import DatasetsConfig
 from llama_stack_data.config import RowLimits
-from llama_stack_data.datasets.content import form_of, stored_url
-from llama_stack_data.datasets.rows import Form
+from llama_stack_data.datasets.content import Content, form_of, stored_url
+from llama_stack_data.datasets.provider import DatasetsProvider
+from llama_stack_data.datasets.rows import Form, RowReader
+from llama_stack_data.datasets.store import DatasetStore
 from llama_stack_data.plugin import start_datasets
 
 from llama_stack.apis import Datasets
@@ -34,8 +36,10 @@ from llama_stack.errors import (
     UnreadableDocumentError,
     UrlNotAllowedError,
 )
+from llama_stack.fetch import FetchConfig, Fetcher
 from llama_stack.storage import open_store
 from llama_stack.testing.datasets import MESSAGES, UNICODE, DatasetsConformance, ids_of, rows_of
+from tests.test_fetch import Net, answering, ok, serving
 
 pytestmark = pytest.mark.anyio
 
@@ -327,6 +331,27 @@ async def test_a_reader_that_hangs_is_given_up(tmp_path: Path) -> None:
             await rows_of(datasets, dataset)
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
+async def test_leaving_out_rows_is_no_silence(files: Files, name: str) -> None:
+    """A reader that skips a million rows is at work, and must not be taken for one that hangs."""
+    from llama_stack_data.datasets.reader import READERS
+
+    numbers = [str(n) for n in range(30_000)]
+    content = {
+        "a.jsonl": "".join(f'{{"t": "{n}"}}\n' for n in numbers).encode(),
+        "a.csv": ("t\n" + "\n".join(numbers)).encode(),
+        "a.parquet": parquet({"t": numbers}) if name == "a.parquet" else b"",
+    }[name]
+    request = {"columns": {"t": "text"}, "offset": 29_999, "row_bytes": 1000, "output_bytes": 10**6}
+    *skipped, last = READERS[name.partition(".")[2]](io.BytesIO(content), request)
+    assert skipped == [None] * len(skipped)
+    assert len(skipped) >= 2
+    assert last == b'{"t": "29999"}' or last == b'{"t":"29999"}'
+    (files.folder / name).write_bytes(content)
+    assert await files.again(name, {"t": TEXT}, offset=29_999) == [{"t": "29999"}]
+    assert await files.again(name, {"t": TEXT}, offset=30_000) == []
+
+
 async def test_only_so_many_are_read_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A further one waits for its turn, and is told when none comes."""
     monkeypatch.setattr("llama_stack_data.datasets.rows.WAIT_SECONDS", 0.05)
@@ -418,3 +443,28 @@ async def test_a_list_goes_beyond_a_page(tmp_path: Path) -> None:
         for name in names:
             await datasets.create_dataset(CreateDatasetRequest(uuid=name, dataset=dataset))
         assert await ids_of(datasets) == names
+
+
+async def test_rows_come_over_http_by_the_guarded_fetcher(tmp_path: Path) -> None:
+    """Spooled to the folder that the operator named, judged by the fetcher, read as the type that was served."""
+    net = Net()
+    async with open_store("sqlite", tmp_path / "state") as store:
+        blobs = store.blobs("datasets.d")
+        fetcher = Fetcher(FetchConfig(hosts=("public.example",)), network=net)
+        reader = RowReader(RowLimits())
+        database = store.database("datasets.d")
+        datasets = DatasetsProvider(DatasetStore(database, blobs), Content(fetcher, blobs, tmp_path), reader)
+
+        async def read(url: str) -> list[dict[str, Any]]:
+            return await rows_of(datasets, Dataset(columns={"n": NUMBER}, content_url=url, metadata={}))
+
+        async with serving(net, answering(ok(b"n\n1\n2\n", "content-type: text/csv; charset=utf-8"))):
+            assert await read("http://public.example/rows") == [{"n": 1}, {"n": 2}]
+            assert await read("http://public.example/rows.csv?a=.jsonl") == [{"n": 1}, {"n": 2}]
+            with pytest.raises(InvalidRequestError, match="row 1"):
+                await read("http://public.example/rows.jsonl")
+            for url in ("http://10.0.0.5/rows.csv", "http://other.example/rows.csv"):
+                with pytest.raises(UrlNotAllowedError):
+                    await read(url)
+    assert net.honeypot == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]

@@ -3,7 +3,8 @@
 Its arguments are the file's descriptor and the memory that it may have; on stdin it gets a line of JSON: ``form``
 (``jsonl``, ``csv`` or ``parquet``), ``columns`` (the kind of each by name), ``offset``, ``limit``, ``row_bytes`` and
 ``output_bytes``. It writes a line for each row, ``=`` and the row as a JSON object; at the end a line ``.``, or, where
-it cannot go on, ``!`` and an object with the ``reason``, and the ``row`` (from 1) and ``column`` where it can tell.
+it cannot go on, ``!`` and an object with the ``reason``, and the ``row`` (from 1) and ``column`` where it can tell. A
+line ``~`` now and then says that it is still leaving out rows.
 What ends without either has crashed. Whether a row fits its columns is the parent's to check.
 """
 
@@ -15,11 +16,14 @@ import json
 import resource
 import sys
 from collections.abc import Callable, Iterator
-from itertools import islice
 from typing import IO, Any, NoReturn
 
+Rows = Iterator[bytes | None]
+"""Rows as JSON objects; None for some that were left out."""
 BATCH_ROWS = 64
 """How many rows of a Parquet file are in memory as JSON at a time."""
+SKIPPED_ROWS = 10_000
+"""After how many rows that are left out it says so."""
 _TOO_MUCH = "takes more memory than reading a row may take"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -33,7 +37,7 @@ class RefusedError(Exception):
         self.column = column
 
 
-def read_jsonl(file: IO[bytes], request: dict[str, Any]) -> Iterator[bytes]:
+def read_jsonl(file: IO[bytes], request: dict[str, Any]) -> Rows:
     """One object a line; blank lines are none."""
     most = request["row_bytes"]
     number = 0
@@ -50,9 +54,11 @@ def read_jsonl(file: IO[bytes], request: dict[str, Any]) -> Iterator[bytes]:
             if not isinstance(_parsed(line, number), dict):
                 raise RefusedError("is JSON, and no object", number)
             yield line
+        elif number % SKIPPED_ROWS == 0:
+            yield None
 
 
-def read_csv(file: IO[bytes], request: dict[str, Any]) -> Iterator[bytes]:
+def read_csv(file: IO[bytes], request: dict[str, Any]) -> Rows:
     """The first row names the columns; cells of ``number``, ``json`` and ``dialog`` columns hold JSON."""
     most = request["row_bytes"]
     csv.field_size_limit(most)
@@ -78,6 +84,8 @@ def read_csv(file: IO[bytes], request: dict[str, Any]) -> Iterator[bytes]:
                 raise RefusedError(f"has {len(cells)} cells, and the first line names {len(names)} columns", number)
             if number > request["offset"]:
                 yield _dumped(dict(zip(names, _values(names, cells, request["columns"], number), strict=True)))
+            elif number % SKIPPED_ROWS == 0:
+                yield None
     except csv.Error as error:
         raise RefusedError(f"is no valid CSV: {error}", number + 1) from None
     except UnicodeDecodeError as error:
@@ -91,7 +99,7 @@ def _values(names: list[str], cells: list[str], kinds: dict[str, str], number: i
         yield _parsed(cell, number, name) if kinds.get(name) in ("number", "json", "dialog") else cell
 
 
-def read_parquet(file: IO[bytes], request: dict[str, Any]) -> Iterator[bytes]:
+def read_parquet(file: IO[bytes], request: dict[str, Any]) -> Rows:
     """The rows of all row groups, a small batch at a time."""
     try:
         import arro3.io
@@ -108,7 +116,9 @@ def read_parquet(file: IO[bytes], request: dict[str, Any]) -> Iterator[bytes]:
     for batch in batches:
         skipped = min(max(request["offset"] - number, 0), batch.num_rows)
         number += skipped
-        if skipped < batch.num_rows:
+        if skipped == batch.num_rows:
+            yield None
+        else:
             buffer = io.BytesIO()
             arro3.io.write_ndjson(batch.slice(skipped), buffer, explicit_nulls=True)
             written += buffer.tell()
@@ -134,7 +144,7 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
-READERS: dict[str, Callable[[IO[bytes], dict[str, Any]], Iterator[bytes]]] = {
+READERS: dict[str, Callable[[IO[bytes], dict[str, Any]], Rows]] = {
     "jsonl": read_jsonl,
     "csv": read_csv,
     "parquet": read_parquet,
@@ -178,11 +188,18 @@ def _write_rows(file: IO[bytes], request: dict[str, Any], answers: IO[bytes]) ->
     """Write the rows; what went wrong, or None."""
     number = request["offset"]
     try:
-        for line in islice(READERS[request["form"]](file, request), request["limit"]):
+        most = sys.maxsize if request["limit"] is None else number + request["limit"]
+        for line in READERS[request["form"]](file, request) if number < most else ():
+            if line is None:
+                answers.write(b"~\n")
+                answers.flush()
+                continue
             number += 1
             if len(line) > request["row_bytes"]:
                 raise _too_large(number, request["row_bytes"])
             answers.write(b"=" + line + b"\n")
+            if number == most:
+                break
     except RefusedError as error:
         return {"reason": str(error), "row": error.row, "column": error.column}
     except MemoryError:

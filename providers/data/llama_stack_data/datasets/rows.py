@@ -154,6 +154,7 @@ class RowReader:
             while not last and (lines := await self._lines(child, held)):
                 if lines[-1][:1] in (b".", b"!"):
                     *lines, last = lines
+                lines = [line for line in lines if line[:1] == b"="]
                 checked, fault = await asyncio.to_thread(check.check_all, lines, number)
                 for row in checked:
                     yield row

@@ -151,8 +151,13 @@ class DatasetStore:
     async def sweep(self) -> None:
         """Remove blobs that no description names, which a process that was killed can leave behind."""
         await self._blobs.sweep()
-        for digest in await self._blobs.digests():
-            await self._collect(digest)
+        there = await self._blobs.digests()
+        async with self._database.read() as connection:
+            statement = "SELECT blob FROM {datasets} WHERE blob IS NOT NULL UNION SELECT blob FROM {holds}"
+            named = set(await connection.scalars(self._database.sql(statement)))
+        for digest in there:
+            if digest not in named:
+                await self._collect(digest)
 
     async def _collect(self, blob: str | None) -> None:
         """Delete a blob unless it is named; in a block of its own, so that nobody names it meanwhile."""
