@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import json
 import random
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
@@ -15,7 +17,16 @@ import pytest
 
 from llama_stack.apis import Api, Datasets, Inference, Safety, ServedModel
 from llama_stack.apis.common import Message, StopReason, ToolCall
-from llama_stack.apis.datasets import CreateDatasetRequest, Dataset, NamedDataset
+from llama_stack.apis.datasets import (
+    ColumnKind,
+    CreateDatasetRequest,
+    Dataset,
+    HoldDatasetRequest,
+    NamedDataset,
+    ReadDatasetRequest,
+    ReleaseDatasetsRequest,
+    StoreDatasetRequest,
+)
 from llama_stack.apis.inference import (
     BatchChatCompletionRequest,
     BatchCompletionRequest,
@@ -27,7 +38,7 @@ from llama_stack.apis.inference import (
 )
 from llama_stack.apis.models import ModelKind
 from llama_stack.apis.safety import RunShieldRequest, RunShieldResponse, Violation
-from llama_stack.errors import AlreadyExistsError, InvalidRequestError, NotFoundError
+from llama_stack.errors import AlreadyExistsError, ConflictError, InvalidRequestError, NotFoundError
 from llama_stack.plugins import ProviderSpec, hookimpl
 from llama_stack.storage import Database
 from llama_stack.testing.conformance import Outcome, Verdict, checks_for, conformance, run_check
@@ -422,6 +433,76 @@ async def _without_calls(items: Any) -> AsyncIterator[Any]:
             yield item
 
 
+class Library(Shelf):
+    """A shelf with the extensions, for rows in ``data:`` URLs."""
+
+    held: ClassVar[list[HoldDatasetRequest]] = []
+
+    async def read(self, request: ReadDatasetRequest) -> AsyncIterator[dict[str, Any]]:
+        lines = base64.b64decode(request.dataset.content_url.partition(",")[2]).splitlines()
+        limit = len(lines) if request.limit is None else request.limit
+        return self.rows([json.loads(line) for line in lines][request.offset :][:limit], request.dataset.columns)
+
+    async def rows(self, rows: list[dict[str, Any]], columns: dict[str, ColumnKind]) -> AsyncIterator[dict[str, Any]]:
+        for number, row in enumerate(rows, 1):
+            for column in sorted(columns.keys() ^ row.keys()):
+                raise InvalidRequestError(f"row {number}, column {column!r}: not in both")
+            for column, kind in columns.items():
+                if kind is ColumnKind.NUMBER and not isinstance(row[column], float):
+                    raise InvalidRequestError(f"row {number}, column {column!r}: no number")
+            yield row
+
+    async def store(self, request: StoreDatasetRequest) -> Dataset:
+        lines = "".join(json.dumps(row) + "\n" for row in request.rows)
+        url = "data:application/jsonl;base64," + base64.b64encode(lines.encode()).decode()
+        dataset = Dataset(columns=request.columns, content_url=url, metadata=request.metadata)
+        await self.create_dataset(CreateDatasetRequest(uuid=request.uuid, dataset=dataset))
+        return dataset
+
+    async def hold(self, request: HoldDatasetRequest) -> None:
+        self.held.append(request)
+
+    async def release(self, request: ReleaseDatasetsRequest) -> None:
+        self.held[:] = [one for one in self.held if one.user != request.user]
+
+    async def delete_dataset(self, dataset_id: str) -> None:
+        dataset = await self.get_dataset(dataset_id)
+        for one in self.held:
+            if one.dataset == dataset:
+                raise ConflictError(f"dataset {dataset_id!r} is in use by {one.user!r}")
+        await super().delete_dataset(dataset_id)
+
+
+class ReadsAll(Library):
+    """Overlooks which rows were asked for."""
+
+    async def read(self, request: ReadDatasetRequest) -> AsyncIterator[dict[str, Any]]:
+        return await super().read(request.model_copy(update={"offset": 0, "limit": None}))
+
+
+class ReadsUnchecked(Library):
+    """Gives rows whatever the columns say."""
+
+    async def rows(self, rows: list[dict[str, Any]], columns: dict[str, ColumnKind]) -> AsyncIterator[dict[str, Any]]:
+        for row in rows:
+            yield row
+
+
+class StoresStrings(Library):
+    """Makes text of every cell."""
+
+    async def store(self, request: StoreDatasetRequest) -> Dataset:
+        rows = [{column: str(cell) for column, cell in row.items()} for row in request.rows]
+        return await super().store(request.model_copy(update={"rows": rows}))
+
+
+class ForgetsHolds(Library):
+    """Deletes what somebody needs."""
+
+    async def hold(self, request: HoldDatasetRequest) -> None:
+        self.held[:] = []
+
+
 async def _counted(items: AsyncIterator[Any]) -> AsyncIterator[tuple[int, Any]]:
     number = 0
     async for item in items:
@@ -496,6 +577,10 @@ DEFECTS: dict[str, tuple[type[Api], Any, str, set[str]]] = {
     "RefusesRepeats": (Datasets, RefusesRepeats, "", {"creating_again_succeeds_with_the_same_request_alone"}),
     "ChecksThenActs": (Datasets, ChecksThenActs, "", {"of_two_at_once_one_creates"}),
     "DeletesNothing": (Datasets, DeletesNothing, "", {"a_dataset_is_listed_until_it_is_deleted"}),
+    "ReadsAll": (Datasets, ReadsAll, "", {"rows_come_in_their_order"}),
+    "ReadsUnchecked": (Datasets, ReadsUnchecked, "", {"a_row_that_does_not_fit_is_named"}),
+    "StoresStrings": (Datasets, StoresStrings, "", {"stored_rows_come_back"}),
+    "ForgetsHolds": (Datasets, ForgetsHolds, "", {"a_dataset_in_use_is_not_deleted"}),
     "DropsMetadata": (Datasets, DropsMetadata, "", {"a_dataset_comes_back_as_it_was_created"}),
     "forgets its rows": (Datasets, Shelf, "its rows", {"datasets_outlive_a_restart"}),
 }
@@ -513,7 +598,9 @@ def failed(api: type[Api], made: Any, names: set[str] | None = None) -> Iterator
                     yield outcome
 
 
-@pytest.mark.parametrize(("api", "make"), [(Inference, Honest), (Safety, Words), (Datasets, Shelf)])
+@pytest.mark.parametrize(
+    ("api", "make"), [(Inference, Honest), (Safety, Words), (Datasets, Shelf), (Datasets, Library)]
+)
 def test_a_provider_without_a_fault_passes_every_check(api: type[Api], make: Any) -> None:
     """A kit that finds fault with what is right is switched off."""
     assert [(outcome.check.name, outcome.reason) for outcome in failed(api, plugin(api, make))] == []

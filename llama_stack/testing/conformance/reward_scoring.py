@@ -65,6 +65,19 @@ async def a_model_that_is_not_served_is_404(subject: Subject) -> None:
 
 
 @check(RewardScoring)
+async def an_alias_scores_as_its_model(subject: Subject) -> None:
+    """Every name of a reward model gives the same scores."""
+    prompt = _prompt("What is the capital of Norway?", *_ANSWERS)
+    for model in await subject.models():
+        if model.kind is ModelKind.REWARD and model.alias_of is not None:
+            asked = [
+                RewardScoringRequest(prompt_generations=[prompt], model=name) for name in (model.model, model.alias_of)
+            ]
+            first, second = [await subject.client.reward_scoring.score(request) for request in asked]
+            assert first == second, f"{model.model} scores otherwise than {model.alias_of}"
+
+
+@check(RewardScoring)
 async def it_starts_and_stops_without_leaving_anything(subject: Subject) -> None:
     """A start and a stop leave no thread, no open file, no process and no task behind."""
     await starts_and_stops(subject)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...apis import SyntheticDataGeneration
+from ...apis import Datasets, SyntheticDataGeneration
 from ...apis.common import Message
+from ...apis.datasets import ReadDatasetRequest
 from ...apis.synthetic_data_generation import (
     FilteringFunction,
     RewardScoringSettings,
+    StoreAs,
     SyntheticDataGenerationRequest,
     SyntheticDataGenerationResponse,
 )
-from ...errors import ModelNotFoundError, NotFoundError
-from .checks import check, refused
+from ...errors import AlreadyExistsError, ConflictError, ModelNotFoundError, NotFoundError
+from .checks import Skipped, check, everything, refused
 from .inference import starts_and_stops
 from .subject import Subject
 
@@ -73,6 +75,43 @@ async def a_filter_never_adds(subject: Subject) -> None:
     assert all(max(counts, default=0) <= 4 for counts in kept.values()), f"{kept}"
     both = sum(kept[FilteringFunction.TOP_K_TOP_P])
     assert both <= min(sum(kept[FilteringFunction.TOP_K]), sum(kept[FilteringFunction.TOP_P])), f"{kept}"
+
+
+@check(SyntheticDataGeneration)
+async def nothing_below_the_threshold_is_kept(subject: Subject) -> None:
+    """Whatever the filter, an answer that scores less than the threshold is left out."""
+    made = await _made(subject, FilteringFunction.NONE)
+    scores = [one.score for prompt in made.synthetic_data for one in prompt.k_scored_generations]
+    for function in FilteringFunction:
+        kept = await _made(subject, function, threshold=max(scores), k=4)
+        low = [one.score for prompt in kept.synthetic_data for one in prompt.k_scored_generations]
+        assert min(low, default=max(scores)) >= max(scores), f"{function.value} keeps {min(low)}"
+    assert _counts(await _made(subject, FilteringFunction.NONE, threshold=max(scores) + 1)) == [0, 0]
+
+
+@check(SyntheticDataGeneration)
+async def what_is_stored_is_what_was_kept(subject: Subject) -> None:
+    """``store_as`` makes the kept answers a dataset, a row each; the id of other data is a 409."""
+    if Datasets not in await subject.served():
+        raise Skipped("no datasets are served beside it")
+    uuid = subject.new_id("dataset")
+    request = SyntheticDataGenerationRequest(
+        prompts=_PROMPTS,
+        filtering_function=FilteringFunction.TOP_K,
+        reward_scoring=RewardScoringSettings(n_samples=3, k=2, seed=7),
+        store_as=StoreAs(dataset_uuid=uuid),
+    )
+    made = await subject.client.synthetic_data_generation.generate(request)
+    try:
+        dataset = await subject.client.datasets.get_dataset(uuid)
+        rows = await everything(await subject.client.datasets.read(ReadDatasetRequest(dataset=dataset)))
+        scores = [one.score for prompt in made.synthetic_data for one in prompt.k_scored_generations]
+        assert [row["score"] for row in rows] == scores, f"{len(rows)} rows of {len(scores)} answers"
+        await subject.client.synthetic_data_generation.generate(request)
+        other = request.model_copy(update={"filtering_function": FilteringFunction.NONE})
+        await refused(subject.client.synthetic_data_generation.generate(other), AlreadyExistsError, ConflictError)
+    finally:
+        await subject.client.datasets.delete_dataset(uuid)
 
 
 @check(SyntheticDataGeneration)

@@ -38,7 +38,7 @@ from llama_stack.errors import (
 )
 from llama_stack.fetch import FetchConfig, Fetcher
 from llama_stack.storage import open_store
-from llama_stack.testing.datasets import MESSAGES, UNICODE, DatasetsConformance, ids_of, rows_of
+from tests.providers.data.dataset_rules import MESSAGES, UNICODE, DatasetRules, ids_of, rows_of
 from tests.test_fetch import Net, answering, ok, serving
 
 pytestmark = pytest.mark.anyio
@@ -54,7 +54,7 @@ async def opened(folder: Path, config: DatasetsConfig, url: str = "sqlite") -> A
             yield datasets
 
 
-class TestDatasets(DatasetsConformance):
+class TestDatasets(DatasetRules):
     """Everything that any provider must keep to."""
 
     @asynccontextmanager
@@ -63,7 +63,7 @@ class TestDatasets(DatasetsConformance):
             yield datasets
 
 
-class TestDatasetsInPostgresql(DatasetsConformance):
+class TestDatasetsInPostgresql(DatasetRules):
     """The same where several machines share one state."""
 
     @pytest.fixture(autouse=True)

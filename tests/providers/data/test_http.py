@@ -18,9 +18,10 @@ from llama_stack.plugins import discover
 from llama_stack.registry import Registry
 from llama_stack.server import listening
 from llama_stack.stack import Stack, running
-from llama_stack.testing.datasets import MESSAGES, jsonl
+from llama_stack.testing.conformance import conformance
 from llama_stack.testing.stub_inference import stub
 from tests.draft_schemas import DraftSchemas
+from tests.providers.data.dataset_rules import MESSAGES, jsonl
 
 pytestmark = pytest.mark.anyio
 
@@ -166,3 +167,17 @@ async def test_synthetic_data_as_the_draft_has_it(call: Caller) -> None:
     assert dataset["columns"] == {"dialog": "dialog", "score": "number"}
     rows = (await call.http.post("/datasets/read", json={"dataset": dataset})).text.splitlines()
     assert [message["content"] for message in json.loads(rows[0])["dialog"]] == ["Say hello.", "Hello from the stub."]
+
+
+test_datasets_conform = conformance("datasets", "datasets")
+test_rules_conform = conformance("reward_scoring", "rules", config=RULES)
+test_synthetic_data_conforms = conformance(
+    "synthetic_data_generation",
+    "synthetic_data",
+    config={"generator": "stub", "model": "rules"},
+    beside={
+        "inference": [{"provider": "stub"}],
+        "reward_scoring": [{"provider": "rules", "config": RULES}],
+        "datasets": [{"provider": "datasets"}],
+    },
+)

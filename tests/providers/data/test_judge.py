@@ -18,8 +18,8 @@ from llama_stack.apis.common import Message
 from llama_stack.apis.inference import ChatCompletionRequest
 from llama_stack.apis.reward_scoring import RewardScoringRequest
 from llama_stack.errors import ModelNotFoundError, OverloadedError, UpstreamError
-from llama_stack.testing.reward_scoring import RewardScoringConformance, asked, scores_of
 from llama_stack.testing.scripted_inference import Answer, ScriptedInference
+from tests.providers.data.reward_rules import RewardRules, asked, scores_of
 
 pytestmark = pytest.mark.anyio
 
@@ -38,7 +38,7 @@ def request(*answers: str, model: str = "judge") -> RewardScoringRequest:
     return RewardScoringRequest(model=model, prompt_generations=[asked("Which is the capital?", answers)])
 
 
-class TestJudge(RewardScoringConformance):
+class TestJudge(RewardRules):
     """Everything that any provider must keep to."""
 
     model = "judge"

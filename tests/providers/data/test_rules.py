@@ -13,7 +13,7 @@ from llama_stack_data.plugin import start_rules
 from pydantic import ValidationError
 
 from llama_stack.apis import RewardScoring
-from llama_stack.testing.reward_scoring import RewardScoringConformance, asked, scores_of
+from tests.providers.data.reward_rules import RewardRules, asked, scores_of
 from tests.providers.data.stage import rules
 
 pytestmark = pytest.mark.anyio
@@ -35,7 +35,7 @@ CONFIG = RulesConfig.read(
 )
 
 
-class TestRules(RewardScoringConformance):
+class TestRules(RewardRules):
     """Everything that any provider must keep to."""
 
     model = "plain"

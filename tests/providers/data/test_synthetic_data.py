@@ -25,8 +25,8 @@ from llama_stack.apis.synthetic_data_generation import (
 from llama_stack.errors import ContextLengthError, InvalidRequestError, ModelNotFoundError, OverloadedError
 from llama_stack.storage import open_store
 from llama_stack.testing.scripted_inference import ScriptedInference
-from llama_stack.testing.synthetic_data_generation import SyntheticDataGenerationConformance
 from tests.providers.data.stage import generator, rewards
+from tests.providers.data.synthetic_data_rules import SyntheticDataRules
 
 pytestmark = pytest.mark.anyio
 
@@ -41,10 +41,8 @@ async def opened(
         yield data
 
 
-class TestSyntheticData(SyntheticDataGenerationConformance):
+class TestSyntheticData(SyntheticDataRules):
     """Everything that any provider must keep to."""
-
-    reward_model = "words"
 
     @asynccontextmanager
     async def open(self, folder: Path) -> AsyncIterator[tuple[SyntheticDataGeneration, Datasets]]:

@@ -1,13 +1,4 @@
-"""What every provider of Datasets must keep to, as a class of tests that a provider's own tests subclass::
-
-    class TestMyDatasets(DatasetsConformance):
-        @asynccontextmanager
-        async def open(self, folder: Path) -> AsyncIterator[Datasets]:
-            async with my_datasets(folder) as datasets:
-                yield datasets
-
-Run it with pytest and anyio's plugin, on asyncio. ``open`` is called again on the same folder for a restart.
-"""
+"""What the provider of datasets keeps to on any store, beyond the conformance kit: cells, spans, holds."""
 
 from __future__ import annotations
 
@@ -22,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from ..apis import Datasets
-from ..apis.datasets import (
+from llama_stack.apis import Datasets
+from llama_stack.apis.datasets import (
     ColumnKind,
     CreateDatasetRequest,
     Dataset,
@@ -32,7 +23,7 @@ from ..apis.datasets import (
     ReleaseDatasetsRequest,
     StoreDatasetRequest,
 )
-from ..errors import AlreadyExistsError, ConflictError, InvalidRequestError, NotFoundError
+from llama_stack.errors import AlreadyExistsError, ConflictError, InvalidRequestError, NotFoundError
 
 UNICODE = "Ærø, 東京, עברית, e\u0301, \U0001f600\u2028, a\ttab, \u0000"
 MESSAGES: list[dict[str, Any]] = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": [UNICODE]}]
@@ -91,8 +82,8 @@ PRIMES = described(
 )
 
 
-class DatasetsConformance:
-    """Subclass it, and say how a provider is opened. It must read ``data:`` URLs."""
+class DatasetRules:
+    """A subclass says how the provider is opened."""
 
     pytestmark = pytest.mark.anyio
 

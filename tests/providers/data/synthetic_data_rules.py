@@ -1,15 +1,4 @@
-"""What every provider of SyntheticDataGeneration must keep to, as a class of tests that a provider's tests subclass::
-
-    class TestMyData(SyntheticDataGenerationConformance):
-        reward_model = "my-reward"
-
-        @asynccontextmanager
-        async def open(self, folder: Path) -> AsyncIterator[tuple[SyntheticDataGeneration, Datasets]]:
-            async with my_datasets(folder) as datasets, my_data(datasets) as data:
-                yield data, datasets
-
-Run it with pytest and anyio's plugin, on asyncio.
-"""
+"""What synthetic data keeps to, beyond the conformance kit: each filter, the threshold, what is stored."""
 
 from __future__ import annotations
 
@@ -23,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from ..apis import Datasets, SyntheticDataGeneration
-from ..apis.common import Message
-from ..apis.datasets import ColumnKind, Dataset, ReadDatasetRequest
-from ..apis.reward_scoring import ScoredMessage
-from ..apis.synthetic_data_generation import (
+from llama_stack.apis import Datasets, SyntheticDataGeneration
+from llama_stack.apis.common import Message
+from llama_stack.apis.datasets import ColumnKind, Dataset, ReadDatasetRequest
+from llama_stack.apis.reward_scoring import ScoredMessage
+from llama_stack.apis.synthetic_data_generation import (
     FilteringFunction,
     RewardScoringSettings,
     RowLayout,
@@ -35,7 +24,7 @@ from ..apis.synthetic_data_generation import (
     SyntheticDataGenerationRequest,
     SyntheticDataGenerationResponse,
 )
-from ..errors import AlreadyExistsError, ModelNotFoundError, NotFoundError
+from llama_stack.errors import AlreadyExistsError, ModelNotFoundError, NotFoundError
 
 PROMPTS = ["Say hello.", "Name a sea.", "Tell me of \U0001f600."]
 
@@ -63,16 +52,10 @@ def is_part(some: list[ScoredMessage], whole: list[ScoredMessage]) -> bool:
     return all(one in rest for one in some)
 
 
-class SyntheticDataGenerationConformance:
-    """Subclass it, and say how a provider is opened, with the datasets that it stores its data in.
-
-    With the seed of a request the generator must write the same again, and the reward model score alike.
-    """
+class SyntheticDataRules:
+    """A subclass says how the provider is opened."""
 
     pytestmark = pytest.mark.anyio
-
-    reward_model: str
-    """A reward model that is served."""
 
     @abstractmethod
     def open(self, folder: Path) -> AbstractAsyncContextManager[tuple[SyntheticDataGeneration, Datasets]]:

@@ -1,14 +1,4 @@
-"""What every provider of RewardScoring must keep to, as a class of tests that a provider's own tests subclass::
-
-    class TestMyRewards(RewardScoringConformance):
-        model = "my-reward"
-
-        @asynccontextmanager
-        async def open(self) -> AsyncIterator[RewardScoring]:
-            yield MyRewards()
-
-Run it with pytest and anyio's plugin, on asyncio.
-"""
+"""What rules and judge both keep to, beyond the conformance kit."""
 
 from __future__ import annotations
 
@@ -20,11 +10,11 @@ from contextlib import AbstractAsyncContextManager
 
 import pytest
 
-from ..apis import RewardScoring
-from ..apis.common import Dialog, Message
-from ..apis.models import ModelKind
-from ..apis.reward_scoring import PromptGenerations, RewardScoringRequest, RewardScoringResponse
-from ..errors import ModelNotFoundError
+from llama_stack.apis import RewardScoring
+from llama_stack.apis.common import Dialog, Message
+from llama_stack.apis.models import ModelKind
+from llama_stack.apis.reward_scoring import PromptGenerations, RewardScoringRequest, RewardScoringResponse
+from llama_stack.errors import ModelNotFoundError
 
 ANSWERS = ("Oslo.", "The capital of Norway is Oslo.", "", "Ærø, 東京, \U0001f600\u2028\u0000", "word " * 200)
 
@@ -43,8 +33,8 @@ def scores_of(response: RewardScoringResponse) -> list[list[float]]:
     return [[answer.score for answer in one.k_scored_generations] for one in response.scored_generations]
 
 
-class RewardScoringConformance:
-    """Subclass it, and say how a provider is opened and which of its models is scored by."""
+class RewardRules:
+    """A subclass says how the provider is opened, and by which of its models answers are scored."""
 
     pytestmark = pytest.mark.anyio
 
