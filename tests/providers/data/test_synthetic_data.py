@@ -22,7 +22,13 @@ from llama_stack.apis.synthetic_data_generation import (
     StoreAs,
     SyntheticDataGenerationRequest,
 )
-from llama_stack.errors import ContextLengthError, InvalidRequestError, ModelNotFoundError, OverloadedError
+from llama_stack.errors import (
+    AlreadyExistsError,
+    ContextLengthError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    OverloadedError,
+)
 from llama_stack.storage import open_store
 from llama_stack.testing.scripted_inference import ScriptedInference
 from tests.providers.data.stage import generator, rewards
@@ -187,6 +193,23 @@ async def test_more_samples_than_allowed_are_refused_before_the_first() -> None:
         with pytest.raises(ModelNotFoundError, match="served: llama3_405b_reward, words"):
             await data.generate(request("a", model="none"))
     assert model.requests == []
+
+
+async def test_an_id_that_is_taken_is_refused_before_anything_is_sampled(tmp_path: Path) -> None:
+    """The data would be made for nothing."""
+    model, asked = generator(), request("a").model_copy(update={"store_as": StoreAs(dataset_uuid="made")})
+    async with open_store("sqlite", tmp_path) as store:
+        owner = "datasets.datasets"
+        async with (
+            start_datasets(DatasetsConfig(), store.database(owner), store.blobs(owner)) as datasets,
+            start_synthetic_data(CONFIG, model, rewards(), datasets) as data,
+        ):
+            await data.generate(asked)
+            sampled = len(model.requests)
+            for other in ({"prompts": [Message.user("b")]}, {"filtering_function": FilteringFunction.TOP_K}):
+                with pytest.raises(AlreadyExistsError):
+                    await data.generate(asked.model_copy(update=other))
+    assert len(model.requests) == sampled == 4
 
 
 async def test_a_prompt_that_cannot_be_answered_is_named() -> None:
