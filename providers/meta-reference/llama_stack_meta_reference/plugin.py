@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from importlib import import_module
 
-from llama_stack.apis import Inference
+from llama_stack.apis import Inference, RewardScoring
 from llama_stack.plugins import ProviderSpec, hookimpl
 
-from .config import MetaReferenceConfig
+from .config import MetaReferenceConfig, RewardConfig
 
 llama_stack_api_version = ">=1.0,<2"
 
@@ -28,13 +28,31 @@ async def start_inference(config: MetaReferenceConfig) -> AsyncIterator[Inferenc
         yield provider
 
 
+@asynccontextmanager
+async def start_reward_scoring(config: RewardConfig) -> AsyncIterator[RewardScoring]:
+    """Load the reward models and yield the provider that scores by them.
+
+    Raises ``CheckpointError`` for a folder that is no reward model, ``SetupError`` for a device that is not there.
+    """
+    reward_module = await asyncio.to_thread(import_module, ".reward", __package__)
+    async with reward_module.serve(config) as provider:
+        yield provider
+
+
 @hookimpl
 def llama_stack_providers() -> Iterable[ProviderSpec]:
-    """Declare Llama inference in torch."""
+    """Declare Llama inference and reward scoring in torch."""
     yield ProviderSpec(
         api=Inference,
         name="meta-reference",
         config=MetaReferenceConfig,
         start=start_inference,
         description="Llama 3, 3.1, 3.2 and 3.3 in torch, from Meta or Hugging Face checkpoints, on CPU or GPU",
+    )
+    yield ProviderSpec(
+        api=RewardScoring,
+        name="meta-reference",
+        config=RewardConfig,
+        start=start_reward_scoring,
+        description="Scores by reward models that the trainer of this package makes from pairs of answers",
     )

@@ -38,6 +38,8 @@ _META_SHARD = re.compile(r"consolidated(?:\.(\d\d))?\.pth")
 _HUGGING_FACE_WHOLE = "model.safetensors"
 _HUGGING_FACE_INDEX = "model.safetensors.index.json"
 _MOST_NAMED = 5
+_SCORING = "LlamaForSequenceClassification"
+_SCORE = "score.weight"
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Checkpoint:
     """Token ids that end a generation, as the folder states them; empty when it states none."""
     rounding: str | None
     """Which of ``quantize.KINDS`` its matrices are; None where they are in ``dtype`` too."""
+    has_score: bool
+    """Whether it is a reward model: in the place of an output it has a row that states are scored by."""
     remarks: tuple[str, ...]
     """What an operator should know about how the folder was read, such as a choice between two layouts in it."""
 
@@ -67,16 +71,22 @@ class Checkpoint:
         return self.tokenizer_file
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, *, has_score: bool = False) -> Checkpoint:
     """Return what a model folder holds, after checking all of it but the weights' values; takes little memory.
 
-    With both layouts there, Hugging Face's is taken (its safetensors hold no code) and ``remarks`` says so.
+    It must be a language model or, with ``has_score``, a reward model, which has Hugging Face's layout of a
+    ``LlamaForSequenceClassification`` with one label: no output, and ``score.weight`` of (1, D). With both layouts
+    there, Hugging Face's is taken (its safetensors hold no code) and ``remarks`` says so.
     Raises CheckpointError that says what was found, what is missing and where.
     """
     try:
-        return _open(folder)
+        checkpoint = _open(folder)
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be read: {_reason(error)}") from None
+    if checkpoint.has_score != has_score:
+        kinds = ("a language model, which gives no scores", "a reward model, which writes nothing")
+        raise CheckpointError(f"{folder}: is {kinds[checkpoint.has_score]}")
+    return checkpoint
 
 
 def load_model(
@@ -98,7 +108,7 @@ def load_model(
     """
     config = checkpoint.config
     weights = _open_weights(checkpoint.layout, checkpoint.weight_files, config, checkpoint.rounding)
-    _check_weights(checkpoint.folder, weights, config)
+    _check_weights(checkpoint.folder, weights, config, has_score=checkpoint.has_score)
     if rank is not None:
         model = empty_part(config, device=device, dtype=dtype)
     elif rounding is not None:
@@ -136,6 +146,20 @@ def load_model(
     return model
 
 
+def load_score(checkpoint: Checkpoint) -> Tensor:
+    """Return (1, D) float32, on the CPU: what a reward model's states are scored by. Raises CheckpointError."""
+    assert checkpoint.has_score
+    score_1D = torch.empty(1, checkpoint.config.dim)
+    try:
+        weights = SafetensorsWeights(checkpoint.weight_files)
+        weights.check_shape(_SCORE, (1, checkpoint.config.dim))
+        weights.copy_into(_SCORE, score_1D, checkpoint.config)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{checkpoint.folder}: changed while it was read: {_reason(error)}") from None
+    _check_finite(checkpoint, _SCORE, score_1D)
+    return score_1D
+
+
 def save_hugging_face(
     model: Llama,
     folder: Path,
@@ -143,8 +167,13 @@ def save_hugging_face(
     dtype: torch.dtype | None = None,
     bos_id: int | None = None,
     eos_ids: Sequence[int] = (),
+    score: Tensor | None = None,
+    pad_id: int | None = None,
 ) -> None:
     """Write ``config.json``, ``model.safetensors`` and, with ``eos_ids``, ``generation_config.json`` into ``folder``.
+
+    With a ``score``, (1, D), it is a reward model, whose network must have no output of its own; ``pad_id`` lets
+    transformers score several sequences at a time.
 
     Weights are stored in ``dtype``, by default the model's, and rounded matrices as they are. The folder is made if
     needed; a model in this layout that is in it is replaced. Its ``config.json`` goes first and the new one comes last,
@@ -163,6 +192,9 @@ def save_hugging_face(
         rounding = matrix.kind
         for name, kept in matrix.named_buffers(prefix=matrix_name):
             tensors[hugging_face_name(name)] = kept.cpu()
+    if score is not None:
+        assert model.output is None
+        tensors[_SCORE] = score.detach().to("cpu", stored_dtype)
     aside = folder / f"{_HUGGING_FACE_WHOLE}.part"
     save_file(tensors, aside, metadata={"format": "pt"})
     _settle(aside, folder / _HUGGING_FACE_WHOLE)
@@ -172,6 +204,9 @@ def save_hugging_face(
     values = model.config.to_hugging_face() | token_ids | {"torch_dtype": str(stored_dtype).removeprefix("torch.")}
     if rounding is not None:
         values["quantization_config"] = described(rounding)
+    if score is not None:
+        labels = {"id2label": {"0": "score"}, "label2id": {"score": 0}, "pad_token_id": pad_id}
+        values |= labels | {"architectures": [_SCORING], "tie_word_embeddings": False}
     _write_json(folder / "config.json", values)
 
 
@@ -209,10 +244,14 @@ def _open_hugging_face(folder: Path, remarks: Sequence[str]) -> Checkpoint:
     rounding = stored_kind(raw_config)
     if rounding is not None:
         del raw_config["quantization_config"]
+    has_score = raw_config.get("architectures") == [_SCORING]
+    if has_score:
+        # A network whose output is its table has no other, and none is needed.
+        raw_config |= {"architectures": None, "tie_word_embeddings": True}
     config = LlamaConfig.from_hugging_face(raw_config)
     files = _hugging_face_files(folder)
     weights = _open_weights("hugging_face", files, config, rounding)
-    _check_weights(folder, weights, config)
+    _check_weights(folder, weights, config, has_score=has_score)
     generation: Mapping[str, Any] = {}
     if (folder / "generation_config.json").exists():
         generation = read_json(inside(folder, "generation_config.json"))
@@ -225,6 +264,7 @@ def _open_hugging_face(folder: Path, remarks: Sequence[str]) -> Checkpoint:
         tokenizer_file=_tokenizer_file([folder, folder / "original"]),
         eos_ids=_eos_ids(folder, generation) or _eos_ids(folder, raw_config),
         rounding=rounding,
+        has_score=has_score,
         remarks=tuple(remarks),
     )
 
@@ -268,6 +308,7 @@ def _open_meta(home: Path, homes: Sequence[Path]) -> Checkpoint:
         tokenizer_file=_tokenizer_file([home, *homes]),
         eos_ids=(),
         rounding=None,
+        has_score=False,
         remarks=tuple(remarks),
     )
 
@@ -296,9 +337,9 @@ def _open_weights(
     return MetaShards(files) if layout == "meta" else SafetensorsWeights(files)
 
 
-def _check_weights(folder: Path, weights: _Weights, config: LlamaConfig) -> None:
+def _check_weights(folder: Path, weights: _Weights, config: LlamaConfig, *, has_score: bool = False) -> None:
     """Refuse a folder whose weights are not exactly those of its config."""
-    shapes = _shapes(config)
+    shapes = _shapes(config) | ({_SCORE: (1, config.dim)} if has_score else {})
     missing = [weights.stored_name(name) for name in shapes if name not in weights.names]
     # A tied output may be stored as well; the embeddings stand for it.
     tolerated = {"output.weight"} if config.tied_embeddings else set()

@@ -76,6 +76,8 @@ class LoraAdapter:
     """An adapter in memory, float32 on the CPU."""
 
     rank: int
+    scale: float
+    """What ``up`` is multiplied by in ``pairs``: alpha / rank, or alpha / sqrt(rank)."""
     pairs: Mapping[str, Pair]
     """By the matrix's name in model.py, such as ``layers.0.attention.wq``."""
 
@@ -122,7 +124,7 @@ def _load(folder: Path, config: LlamaConfig) -> LoraAdapter:
     for matrix, pair in pairs.items():
         if not all(bool(half.isfinite().all()) for half in pair):
             raise CheckpointError(f"{weights}: what it adds to {matrix} holds NaN or infinity")
-    return LoraAdapter(rank, pairs)
+    return LoraAdapter(rank, scale, pairs)
 
 
 def _rank_and_scale(file: Path, values: Mapping[str, Any]) -> tuple[int, float]:

@@ -130,7 +130,8 @@ class Attention(nn.Module):
         return x.view(*x.shape[:-1], -1, self.head_dim)
 
 
-def _attend_whole(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
+def attend_whole(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
+    """Let each token of a row attend to its row up to itself; returns (B, T, H, K)."""
     q_BHTK, k_BGTK, v_BGTK = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
     attended_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BGTK, v_BGTK, is_causal=True, enable_gqa=True)
     return attended_BHTK.transpose(1, 2)
@@ -163,7 +164,7 @@ class Block(nn.Module):
 
     def forward(self, x_D: Tensor, cosine_1K: Tensor, sine_1K: Tensor, cache: CacheView | None) -> Tensor:
         q_HK, k_GK, v_GK = self.before(x_D, cosine_1K, sine_1K)
-        attended_HK = _attend_whole(q_HK, k_GK, v_GK) if cache is None else cache.attend(self.layer, q_HK, k_GK, v_GK)
+        attended_HK = attend_whole(q_HK, k_GK, v_GK) if cache is None else cache.attend(self.layer, q_HK, k_GK, v_GK)
         return self.after(x_D, attended_HK)
 
     def before(self, x_D: Tensor, cosine_1K: Tensor, sine_1K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
