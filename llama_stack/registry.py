@@ -36,7 +36,7 @@ from .plugins import (
     load,
 )
 from .signatures import annotation_of, contract_problems
-from .storage import Blobs, Database
+from .storage import Blobs, Database, Folder
 from .tools import Tools
 
 S = TypeVar("S", bound=Spec, covariant=True)
@@ -62,6 +62,7 @@ class NeedKind(StrEnum):
     API = "api"
     DATABASE = "database"
     BLOBS = "blobs"
+    FOLDER = "folder"
     TOOLS = "tools"
 
 
@@ -348,7 +349,7 @@ def _need(function: Callable[..., Any], parameter: inspect.Parameter) -> Need:
     except NameError as error:
         raise _Unmet(f"has a type that cannot be read at run time ({error})") from error
     if annotation is inspect.Parameter.empty:
-        raise _Unmet("has no type, and the stack passes a config, contracts, Database, Blobs and Tools by it")
+        raise _Unmet("has no type, and the stack passes a config, contracts, Database, Blobs, Folder and Tools by it")
     wanted = _without_none(annotation)
     is_optional = wanted is not annotation
     if isinstance(wanted, type):
@@ -364,10 +365,12 @@ def _need(function: Callable[..., Any], parameter: inspect.Parameter) -> Need:
             return Need(parameter.name, NeedKind.DATABASE)
         if wanted is Blobs:
             return Need(parameter.name, NeedKind.BLOBS)
+        if wanted is Folder:
+            return Need(parameter.name, NeedKind.FOLDER)
         if wanted is Tools:
             return Need(parameter.name, NeedKind.TOOLS)
     shown = getattr(wanted, "__name__", str(wanted))
-    raise _Unmet(f"asks for {shown}, and the stack passes a config, contracts, Database, Blobs and Tools")
+    raise _Unmet(f"asks for {shown}, and the stack passes a config, contracts, Database, Blobs, Folder and Tools")
 
 
 def _without_none(annotation: Any) -> Any:

@@ -334,6 +334,8 @@ class Stack:
             return Tools(self._tools)
         store = await self._opened_store()
         owner = instance.label.replace("/", ".")
+        if need.kind is NeedKind.FOLDER:
+            return await store.folder(owner)
         return store.database(owner) if need.kind is NeedKind.DATABASE else store.blobs(owner)
 
     async def _opened_store(self) -> Store:
