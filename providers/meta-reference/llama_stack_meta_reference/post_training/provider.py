@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -37,6 +38,8 @@ from .progress import MOST_LINES, Progress, Reader, log_line
 from .rows import check_first, write_rows
 from .runner import TRAINER, Runner
 from .serving import Serving
+
+logger = logging.getLogger("llama_stack.meta_reference.post_training")
 
 _FOLLOW_SECONDS = 0.2
 """How often a log that is followed is looked at."""
@@ -234,7 +237,10 @@ class MetaReferencePostTraining(PostTraining):
         """End a job as ``failed``, for the draft knows no other word; a trainer that runs saves first."""
         await self._jobs.cancel(job_uuid)
         await self.runner.cancel(job_uuid)
-        await self.settle(job_uuid)
+        try:
+            await self.settle(job_uuid)
+        except StackError as error:  # cancelled it is; the next start releases what it held
+            logger.warning("what job %r held is not released yet: %s", job_uuid, error)
 
     async def prepare(self, job: Job, folder: Path) -> None:
         """Write a job's rows into its folder. Raises what reading the datasets raises."""

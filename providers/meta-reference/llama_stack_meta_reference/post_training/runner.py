@@ -203,7 +203,7 @@ class Runner:
     async def _attempt(self, job: Job, work: _Work, folder: Path) -> int:
         """Run the trainer once; its exit code."""
         await asyncio.to_thread(_write_plan, folder, job.plan)
-        command = [sys.executable, "-P", "-m", launch.__name__, self._trainer, str(folder), str(self._processes)]
+        command = [sys.executable, "-m", launch.__name__, self._trainer, str(folder), str(self._processes)]
         log = await asyncio.to_thread((folder / _LOG_FILE).open, "wb")
         with log:
             work.process = await asyncio.create_subprocess_exec(
@@ -211,6 +211,8 @@ class Runner:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.DEVNULL,
                 stderr=log,
+                # Nothing is imported from wherever the server was started, also not by the processes of torchrun.
+                env=os.environ | {"PYTHONSAFEPATH": "1"},
                 start_new_session=True,  # a Ctrl-C in the terminal is for the server
             )
         process = work.process

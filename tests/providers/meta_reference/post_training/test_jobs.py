@@ -179,3 +179,12 @@ async def test_a_killed_trainer_goes_on_and_one_that_gets_nowhere_is_given_up(
         lines = cast(PostTrainingJobLogStream, await api.job_logs("doomed")).log_lines
         assert sum("was ended by signal 9" in line for line in lines) == 2
         assert json.dumps(status.model_dump(mode="json"))
+
+
+async def test_a_job_may_be_split_into_processes(worded_checkpoint: Path, tmp_path: Path) -> None:
+    """Two ranks under torchrun make one model."""
+    async with training(tmp_path, worded_checkpoint, processes=2) as up:
+        api = up.api(PostTraining)
+        await api.supervised_fine_tune(sft(tmp_path, "split", training_config={"n_iters": 2}))
+        status = await completed(api, "split")
+        assert (status.resources_allocated or {})["processes"] == 2
