@@ -54,7 +54,7 @@ def request_faults(request: Request, kind: Kind, config: PostTrainingConfig) -> 
         *column_faults(request.validation_dataset, kind, "/validation_dataset"),
         *_training_faults(request.training_config),
         *_optimizer_faults(request.optimizer_config),
-        *_search_faults(request.hyperparam_search_config, request.optimizer_config),
+        *_search_faults(request.hyperparam_search_config),
         *_logger_faults(request.logger_config, config),
     ]
     if isinstance(request, PostTrainingSFTRequest):
@@ -217,25 +217,12 @@ def _adapter(config: AdapterConfig, *, is_merged: bool) -> AdapterSettings:
     )
 
 
-def _search_faults(search: JsonObject, optimizer: OptimizerConfig) -> list[FieldFault]:
+def _search_faults(search: JsonObject) -> list[FieldFault]:
     try:
-        settings = _search(search)
+        _search(search)
     except ValidationError as error:
         return _faults_of(error, "/hyperparam_search_config", SearchSettings.model_fields)
-    if settings is None:
-        return []
-    limits: dict[str, tuple[Sequence[float], float, float]] = {
-        "lr": (settings.lr, max(optimizer.lr_min, 1e-300), 100),
-        "rank": (settings.rank, 1, LARGEST_RANK),
-        "alpha": (settings.alpha, 1e-300, 1_000_000),
-        "batch_size": (settings.batch_size, 1, 1_000_000),
-    }
-    return [
-        _fault(f"/hyperparam_search_config/{name}/{index}", f"{name} {value:g} is not from {least:g} to {most:g}")
-        for name, (values, least, most) in limits.items()
-        for index, value in enumerate(values)
-        if not least <= value <= most
-    ]
+    return []
 
 
 def _unvaried_faults(search: JsonObject, why: str) -> list[FieldFault]:

@@ -56,7 +56,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "search nothing": ({"hyperparam_search_config": {"trials": 3}}, "/hyperparam_search_config", "varies nothing"),
     "search type": ({"hyperparam_search_config": {"lr": "1"}}, "/hyperparam_search_config/lr", "lr: "),
-    "search range": ({"hyperparam_search_config": {"rank": [4, 0]}}, "/hyperparam_search_config/rank/1", "rank 0"),
+    "search range": ({"hyperparam_search_config": {"rank": [4, 0]}}, "/hyperparam_search_config/rank/1", "equal to 1"),
     "search rank of full": (
         {"algorithm": "full", "hyperparam_search_config": {"rank": [4]}},
         "/hyperparam_search_config/rank",
