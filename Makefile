@@ -28,8 +28,9 @@ test: $(VENV)/.test ## run the whole suite (ARGS="-k name" and the like are pass
 simulate: $(VENV)/.test ## 10,000 random histories of the engine's scheduler and cache, of which make test has 500
 	@LLAMA_STACK_SIMULATIONS=10000 $(VENV)/bin/python -m pytest -n 2 -q tests/providers/meta_reference/inference/test_simulation.py
 
-kills: $(VENV)/.test ## kills at random moments: 50 of a model's process, 300 of a writer to memory banks; make test has a few of each
+kills: $(VENV)/.test ## kills at random moments: 50 of a model's process, 300 of a writer to memory banks, 40 of trainers and their server; make test has a few
 	@LLAMA_STACK_KILLS=50 $(VENV)/bin/python -m pytest -q tests/providers/meta_reference/inference/test_workers.py -k kills
+	@LLAMA_STACK_KILLS=40 $(VENV)/bin/python -m pytest -q tests/providers/meta_reference/post_training/test_killed.py
 	@LLAMA_STACK_KILLS=300 $(VENV)/bin/python -m pytest -q tests/providers/memory/test_killed.py
 
 bombs: $(VENV)/.test ## 50 bombs and 100 malformed documents sent to a server, of which make test has a few

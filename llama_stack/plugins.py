@@ -98,7 +98,8 @@ class ProviderSpec:
     """A provider that can be started.
 
     ``start`` is decorated with ``contextlib.asynccontextmanager`` and yields an object of a subclass of ``api``. What
-    its parameters are annotated with is what it is given: its ``config``, contracts, ``Database`` and ``Blobs``.
+    its parameters are annotated with is what it is given: its ``config``, contracts, ``Database``, ``Blobs``
+    and ``Folder``.
     """
 
     api: type[Api]

@@ -37,7 +37,7 @@ from .plugins import (
     load,
 )
 from .signatures import annotation_of, contract_problems
-from .storage import Blobs, Database
+from .storage import Blobs, Database, Folder
 from .tools import Tools
 
 S = TypeVar("S", bound=Spec, covariant=True)
@@ -63,6 +63,7 @@ class NeedKind(StrEnum):
     API = "api"
     DATABASE = "database"
     BLOBS = "blobs"
+    FOLDER = "folder"
     TOOLS = "tools"
     INNER = "inner"
 
@@ -333,6 +334,9 @@ def check_provider(spec: ProviderSpec, provider: object, *, is_alone: bool = Tru
         raise ContractMismatchError(spec.name, problems)
 
 
+_PASSED = "a config, contracts, Database, Blobs, Folder, Tools and Inner"
+
+
 class _Unmet(Exception):
     """Why a parameter cannot be passed."""
 
@@ -345,7 +349,9 @@ def _need(function: Callable[..., Any], parameter: inspect.Parameter) -> Need:
     except NameError as error:
         raise _Unmet(f"has a type that cannot be read at run time ({error})") from error
     if annotation is inspect.Parameter.empty:
-        raise _Unmet("has no type, and the stack passes a config, contracts, Database, Blobs, Tools and Inner by it")
+        raise _Unmet(
+            "has no type, and the stack passes a config, contracts, Database, Blobs, Folder, Tools and Inner by it"
+        )
     wanted = _without_none(annotation)
     is_optional = wanted is not annotation
     if isinstance(wanted, type):
@@ -361,12 +367,16 @@ def _need(function: Callable[..., Any], parameter: inspect.Parameter) -> Need:
             return Need(parameter.name, NeedKind.DATABASE)
         if wanted is Blobs:
             return Need(parameter.name, NeedKind.BLOBS)
+        if wanted is Folder:
+            return Need(parameter.name, NeedKind.FOLDER)
         if wanted is Tools:
             return Need(parameter.name, NeedKind.TOOLS)
         if wanted is Inner:
             return Need(parameter.name, NeedKind.INNER)
     shown = getattr(wanted, "__name__", str(wanted))
-    raise _Unmet(f"asks for {shown}, and the stack passes a config, contracts, Database, Blobs, Tools and Inner")
+    raise _Unmet(
+        f"asks for {shown}, and the stack passes a config, contracts, Database, Blobs, Folder, Tools and Inner"
+    )
 
 
 def _without_none(annotation: Any) -> Any:

@@ -357,6 +357,8 @@ class Stack:
             return Inner({inner.id: partial(self._started_inside, instance, inner) for inner in instance.inner})
         store = await self._opened_store()
         owner = instance.label.replace("/", ".")
+        if need.kind is NeedKind.FOLDER:
+            return await store.folder(owner)
         return store.database(owner) if need.kind is NeedKind.DATABASE else store.blobs(owner)
 
     @asynccontextmanager

@@ -12,7 +12,7 @@ from llama_stack.apis import APIS, Api, Config, Inference, MemoryBanks, Safety, 
 from llama_stack.errors import ContractMismatchError, DuplicateProviderError, NotInstalledError
 from llama_stack.plugins import ApiSpec, Plugin, ProviderSpec, discover, hookimpl
 from llama_stack.registry import NeedKind, Registry, check_provider, declaration_problems, needs
-from llama_stack.storage import Blobs, Database
+from llama_stack.storage import Blobs, Database, Folder
 from tests import sample_plugin
 
 
@@ -168,6 +168,7 @@ def test_needs_are_read_off_the_annotations() -> None:
         banks: MemoryBanks | None,
         database: Database,
         blobs: Blobs,
+        folder: Folder,
         *,
         other: sample_plugin.Translation | None = None,
     ) -> AsyncIterator[Safety]:
@@ -180,6 +181,7 @@ def test_needs_are_read_off_the_annotations() -> None:
         ("banks", NeedKind.API, MemoryBanks, True),
         ("database", NeedKind.DATABASE, None, False),
         ("blobs", NeedKind.BLOBS, None, False),
+        ("folder", NeedKind.FOLDER, None, False),
         ("other", NeedKind.API, sample_plugin.Translation, True),
     ]
 

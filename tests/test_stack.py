@@ -24,7 +24,7 @@ from llama_stack.errors import (
 from llama_stack.plugins import ApiSpec, FaceSpec, ProviderSpec, discover, hookimpl
 from llama_stack.registry import Registry
 from llama_stack.stack import Stack, State, running
-from llama_stack.storage import Blobs, Database
+from llama_stack.storage import Blobs, Database, Folder
 
 pytestmark = pytest.mark.anyio
 
@@ -117,8 +117,9 @@ class World:
             yield Dictionary(letters)
 
         @asynccontextmanager
-        async def start_stored(database: Database, blobs: Blobs) -> AsyncIterator[Letters]:
+        async def start_stored(database: Database, blobs: Blobs, folder: Folder) -> AsyncIterator[Letters]:
             await blobs.put(b"kept")
+            (folder.path / "kept").touch()
             self.events.append(type(database).__name__)
             yield Alphabet()
 

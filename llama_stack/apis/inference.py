@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, JsonValue
 
 from .common import (
     BaseModelName,
@@ -138,6 +140,23 @@ class RemoveAdapterRequest(Schema):
     """The adapter's name."""
 
 
+@dataclass(frozen=True)
+class LocalModel:
+    """A model in a folder of this machine, as one provider tells another of it. It never goes over the wire."""
+
+    model: str
+    """The name that requests use."""
+    folder: Path
+    """Its weights, or where ``is_adapter`` the adapter's; absolute."""
+    base: str | None = None
+    """The model that it was made from: what an adapter runs on, and whose settings whole weights are served with."""
+    is_adapter: bool = False
+    aliases: tuple[str, ...] = ()
+    """Other names for it."""
+    lineage: Mapping[str, JsonValue] = field(default_factory=dict)
+    """How it came about, for ``ServedModel.metadata``."""
+
+
 class Inference(Api, name="inference", routed_by="model"):
     """Text generation by Llama models.
 
@@ -153,6 +172,23 @@ class Inference(Api, name="inference", routed_by="model"):
     async def owns(self, resource: str) -> bool:
         """Whether this provider serves the model."""
         return any(model.model == resource for model in await self.models())
+
+    async def local_models(self) -> list[LocalModel]:
+        """The folders behind the models that this provider serves, those that lie on this machine."""
+        return []
+
+    async def serve_local(self, model: LocalModel) -> bool:
+        """Serve a model that this stack has made, from now on until the provider stops; the same again is a success.
+
+        False where this provider does not serve ``model.base``, and so leaves it to others. Raises
+        ``AlreadyExistsError`` where the name is taken, ``ConflictError`` where the base has as many adapters as it may,
+        ``CheckpointError`` for the folder and ``SetupError`` where the machine has no room for it.
+        """
+        return False
+
+    async def withdraw_local(self, model: str) -> bool:
+        """Stop serving what ``serve_local`` began to serve; False where it is not served here, or others need it."""
+        return False
 
     @post("/inference/completion")
     async def completion(

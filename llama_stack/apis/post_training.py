@@ -194,6 +194,10 @@ class PostTraining(Api, name="post_training", routed_by="job_uuid"):
     async def preference_optimize(self, request: PostTrainingRLHFRequest) -> None:
         """Queue an alignment job."""
 
+    @post("/post_training/train_reward_model", extension=True, creates=True)
+    async def train_reward_model(self, request: PostTrainingSFTRequest) -> None:
+        """Queue a job that trains a reward model, from ``model`` and preferences: the columns of an alignment's."""
+
     @get("/post_training/job/status")
     async def job_status(self, job_uuid: Id) -> PostTrainingJobStatusResponse:
         """Where a job stands."""

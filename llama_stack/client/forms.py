@@ -141,6 +141,7 @@ class BlockingPostTraining(BlockingApi, of=PostTraining):
 
     supervised_fine_tune = blocking(PostTraining.supervised_fine_tune)
     preference_optimize = blocking(PostTraining.preference_optimize)
+    train_reward_model = blocking(PostTraining.train_reward_model)
     job_status = blocking(PostTraining.job_status)
     job_logs = blocking(PostTraining.job_logs)
     job_artifacts = blocking(PostTraining.job_artifacts)

@@ -1,4 +1,4 @@
-"""The store that a distribution names: one database and one blob folder, divided among owners."""
+"""The store that a distribution names: one database, blobs and folders, divided among owners."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from llama_stack.storage.blobs import Blobs
 from llama_stack.storage.cancellation import in_thread
 from llama_stack.storage.database import BUSY_TIMEOUT_SECONDS, Connections, Database, Health, owner_identifier
 from llama_stack.storage.files import make_private_folder
+from llama_stack.storage.folder import Folder
 from llama_stack.storage.migrations import CORE_MIGRATIONS, CORE_OWNER
 
 FORMS = "sqlite, sqlite:///ABSOLUTE/PATH, sqlite::memory: or postgresql://USER:PASSWORD@HOST:PORT/DATABASE"
@@ -19,12 +20,12 @@ FORMS = "sqlite, sqlite:///ABSOLUTE/PATH, sqlite::memory: or postgresql://USER:P
 class Store:
     """An open store. ``open_store`` makes it."""
 
-    def __init__(self, location: str, connections: Connections, health: Health, blobs_folder: Path) -> None:
+    def __init__(self, location: str, connections: Connections, health: Health, folder: Path) -> None:
         self.location = location
         """Where it is, for a line at the start and for readiness; never with a password."""
         self._connections = connections
         self._health = health
-        self._blobs_folder = blobs_folder
+        self._folder = folder
         self._owners: dict[str, str] = {}
 
     def database(self, owner: str) -> Database:
@@ -37,7 +38,16 @@ class Store:
 
     def blobs(self, owner: str) -> Blobs:
         """The blob folder of ``owner``, named as for ``database``."""
-        return Blobs(self._blobs_folder / self._claim(owner), self._health)
+        return Blobs(self._folder / "blobs" / self._claim(owner), self._health)
+
+    async def folder(self, owner: str) -> Folder:
+        """The folder of ``owner``, named as for ``database``; it is made where it is missing.
+
+        Raises ``StoreError`` where it cannot be made.
+        """
+        path = self._folder.absolute() / "folders" / self._claim(owner)
+        await in_thread(_make_folder, path)
+        return Folder(path)
 
     @property
     def healthy(self) -> bool:
@@ -69,10 +79,10 @@ async def open_store(
 ) -> AsyncIterator[Store]:
     """Open the store that ``url`` names; it is closed at the end of the block.
 
-    ``folder`` is the distribution's state folder, made with mode 0700 when missing. It holds the blobs and, for the url
-    ``sqlite``, the file ``store.sqlite``. With ``sqlite::memory:`` both lie in a temporary folder that goes with the
-    block. ``on_failure`` is called once, with the reason, when the store takes no write until a restart: end the
-    process then, for what it still holds in memory may be more than the disk has.
+    ``folder`` is the distribution's state folder, made with mode 0700 when missing. It holds blobs, folders and, for
+    the url ``sqlite``, the file ``store.sqlite``. With ``sqlite::memory:`` all of it lies in a temporary folder that
+    goes with the block. ``on_failure`` is called once, with the reason, when the store takes no write until a restart:
+    end the process then, for what it still holds in memory may be more than the disk has.
 
     Raises ``StoreError`` (a bad url, a file that is not ours), ``StoreTooNewError``, ``StoreUnavailableError``; no
     message holds the url's password.
@@ -104,7 +114,7 @@ async def _opened(location: str, connections: Connections, health: Health, folde
     try:
         await connections.prepare()
         await Database(CORE_OWNER, connections, health).migrate(CORE_MIGRATIONS)
-        yield Store(location, connections, health, folder / "blobs")
+        yield Store(location, connections, health, folder)
     finally:
         await connections.close()
 
@@ -125,7 +135,7 @@ def _make_folder(folder: Path) -> None:
     try:
         make_private_folder(folder)
     except OSError as error:
-        raise StoreError(f"the state folder {folder} cannot be made: {error.strerror}") from error
+        raise StoreError(f"the folder {folder} cannot be made: {error.strerror}") from error
 
 
 def _sqlite_path(url: str, folder: Path) -> Path:

@@ -7,10 +7,12 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from importlib import import_module
 
-from llama_stack.apis import Inference, RewardScoring
-from llama_stack.plugins import ProviderSpec, hookimpl
+from llama_stack.apis import Datasets, Inference, PostTraining, RewardScoring
+from llama_stack.plugins import CommandSpec, ProviderSpec, hookimpl
+from llama_stack.storage import Database, Folder
 
 from .config import MetaReferenceConfig, RewardConfig
+from .post_training.config import PostTrainingConfig
 
 llama_stack_api_version = ">=1.0,<2"
 
@@ -29,6 +31,19 @@ async def start_inference(config: MetaReferenceConfig) -> AsyncIterator[Inferenc
 
 
 @asynccontextmanager
+async def start_post_training(
+    config: PostTrainingConfig, database: Database, folder: Folder, datasets: Datasets, inference: Inference | None
+) -> AsyncIterator[PostTraining]:
+    """Go on with the jobs that an earlier server left, serve what they have made, and yield the provider.
+
+    On leaving, no trainer runs any more; its job goes on at the next start.
+    """
+    provider_module = await asyncio.to_thread(import_module, ".post_training.provider", __package__)
+    async with provider_module.serve(config, database, folder, datasets, inference) as provider:
+        yield provider
+
+
+@asynccontextmanager
 async def start_reward_scoring(config: RewardConfig) -> AsyncIterator[RewardScoring]:
     """Load the reward models and yield the provider that scores by them.
 
@@ -41,7 +56,7 @@ async def start_reward_scoring(config: RewardConfig) -> AsyncIterator[RewardScor
 
 @hookimpl
 def llama_stack_providers() -> Iterable[ProviderSpec]:
-    """Declare Llama inference and reward scoring in torch."""
+    """Declare Llama inference, training and reward scoring in torch."""
     yield ProviderSpec(
         api=Inference,
         name="meta-reference",
@@ -55,4 +70,21 @@ def llama_stack_providers() -> Iterable[ProviderSpec]:
         config=RewardConfig,
         start=start_reward_scoring,
         description="Scores by reward models that the trainer of this package makes from pairs of answers",
+    )
+    yield ProviderSpec(
+        api=PostTraining,
+        name="meta-reference",
+        config=PostTrainingConfig,
+        start=start_post_training,
+        description="fine-tuning, preference optimisation and reward models on the same network, as jobs",
+    )
+
+
+@hookimpl
+def llama_stack_commands() -> Iterable[CommandSpec]:
+    """Declare the command that shows and ends jobs."""
+    yield CommandSpec(
+        name="jobs",
+        help="List, watch, cancel training jobs and read their logs.",
+        target="llama_stack_meta_reference.post_training.commands:jobs",
     )

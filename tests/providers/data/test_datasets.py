@@ -38,9 +38,9 @@ from llama_stack.errors import (
 )
 from llama_stack.fetch import FetchConfig, Fetcher
 from llama_stack.storage import open_store
-from tests.providers.data.dataset_rules import MESSAGES, UNICODE, DatasetRules, ids_of, rows_of
-from llama_stack.testing.network import answering, ok, serving
 from llama_stack.testing.network import StagedNetwork as Net
+from llama_stack.testing.network import answering, ok, serving
+from tests.providers.data.dataset_rules import MESSAGES, UNICODE, DatasetRules, ids_of, rows_of
 
 pytestmark = pytest.mark.anyio
 

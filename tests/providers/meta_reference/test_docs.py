@@ -9,6 +9,7 @@ import pytest
 import yaml
 from llama_stack_meta_reference.config import MetaReferenceConfig, ModelConfig, RewardConfig, RewardModelConfig
 from llama_stack_meta_reference.inference.metrics import families
+from llama_stack_meta_reference.post_training.config import PostTrainingConfig
 
 from llama_stack.apis import Config
 from llama_stack.distribution import Distribution
@@ -33,6 +34,17 @@ def test_every_setting_has_its_row_with_its_default(section: str, config: type[C
     for name, field in config.model_fields.items():
         default = field.get_default(call_default_factory=True)
         if default is not None and not field.is_required():
+            assert rows[name].strip("` ") == str(default)
+
+
+def test_every_setting_of_training_has_its_row_with_its_default() -> None:
+    """As for a model's."""
+    section = PAGE.read_text(encoding="utf-8").split("\n## Training\n")[1].split("\n## ")[0]
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", section, re.MULTILINE))
+    assert rows.keys() == PostTrainingConfig.model_fields.keys()
+    for name, field in PostTrainingConfig.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        if isinstance(default, int | str):
             assert rows[name].strip("` ") == str(default)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -24,6 +24,7 @@ from llama_stack.apis.inference import (
     CompletionResponse,
     CompletionResponseStreamChunk,
     Inference,
+    LocalModel,
     RemoveAdapterRequest,
 )
 from llama_stack.apis.models import ModelKind, ServedModel
@@ -41,8 +42,7 @@ from .engine import Generation, Ticket
 from .metrics import families
 from .prompts import PromptEncoder
 from .reply import Reply
-from .serving import LoadedModel, load
-from .workers import Workers
+from .serving import LoadedModel, running
 
 T = TypeVar("T")
 _Request = CompletionRequest | ChatCompletionRequest | BatchCompletionRequest | BatchChatCompletionRequest
@@ -50,23 +50,15 @@ _Request = CompletionRequest | ChatCompletionRequest | BatchCompletionRequest | 
 
 @asynccontextmanager
 async def serve(config: MetaReferenceConfig) -> AsyncIterator[MetaReferenceInference]:
-    """Load the configured models one after another, off the event loop, and run their engines for the block.
-
-    Whatever cuts a load short, its processes are ended.
-    """
+    """Load the configured models one after another, and run their engines for the block."""
     models: dict[str, LoadedModel] = {}
-    async with AsyncExitStack() as running:
+    async with AsyncExitStack() as opened:
         encoder = PromptEncoder()
-        running.push_async_callback(encoder.close)
+        opened.push_async_callback(encoder.close)
         for name, model_config in config.models.items():
-            workers = Workers(name, model_config) if model_config.process == "own" else None
-            if workers is not None:
-                running.push_async_callback(asyncio.to_thread, workers.close)
-            model = await asyncio.to_thread(load, name, model_config, workers)
-            running.push_async_callback(model.engine.stop)
-            model.engine.start()
-            models[name] = model
+            models[name] = await opened.enter_async_context(running(name, model_config))
         provider = MetaReferenceInference(models, encoder, config.aliases, config.adapters_root)
+        opened.push_async_callback(provider.close)
         for base, model_config in config.models.items():
             for name, folder in model_config.adapter_folders.items():
                 await provider.serve_adapter(name, base, folder)
@@ -81,6 +73,8 @@ class _Served:
     adapter: int = 0
     folder: Path | None = None
     """Where the adapter lies."""
+    lineage: Mapping[str, JsonValue] = field(default_factory=dict)
+    """How it came about, where this stack has made it."""
 
 
 class MetaReferenceInference(Inference):
@@ -98,6 +92,7 @@ class MetaReferenceInference(Inference):
         self._aliases = aliases
         self._adapters_folder = adapters_folder
         self._served = {name: _Served(model) for name, model in models.items()}
+        self._added: dict[str, AsyncExitStack] = {}
         self._adding = asyncio.Lock()
 
     async def models(self) -> list[ServedModel]:
@@ -106,7 +101,65 @@ class MetaReferenceInference(Inference):
         aliases = ((alias, name) for alias, name in self._aliases.items() if name in self._served)
         return listed + [_described(alias, self._served[name], alias_of=name) for alias, name in aliases]
 
-    async def serve_adapter(self, name: str, base: str, folder: Path) -> ServedModel:
+    async def close(self) -> None:
+        """Stop the models that came by ``serve_local``."""
+        while self._added:
+            await self._added.popitem()[1].aclose()
+
+    async def local_models(self) -> list[LocalModel]:
+        """All of them."""
+        return [
+            LocalModel(
+                model=name,
+                folder=served.folder or served.model.config.folder.absolute(),
+                base=served.model.name if served.adapter else None,
+                is_adapter=served.adapter > 0,
+                aliases=tuple(alias for alias, model in self._aliases.items() if model == name),
+                lineage=served.lineage,
+            )
+            for name, served in self._served.items()
+        ]
+
+    async def serve_local(self, model: LocalModel) -> bool:
+        """Add an adapter to its base, or load whole weights into an engine of their own, set up as their base's."""
+        base = self._aliases.get(model.base or "", model.base)
+        if base not in self._models:
+            return False
+        if model.is_adapter:
+            await self.serve_adapter(model.model, base, model.folder, model.lineage)
+            return True
+        async with self._adding:
+            known = self._served.get(model.model)
+            if known is None and model.model not in self._aliases:
+                changed: dict[str, object] = {"checkpoint": str(model.folder), "adapters": {}, "draft": None}
+                added = AsyncExitStack()
+                config = self._models[base].config.model_copy(update=changed)
+                loaded = await added.enter_async_context(running(model.model, config))
+                self._added[model.model] = added
+                self._models[model.model] = loaded
+                self._served[model.model] = _Served(loaded, lineage=model.lineage)
+            elif known is None or known.adapter or known.model.config.folder != model.folder:
+                raise AlreadyExistsError("model", model.model, param="model")
+        return True
+
+    async def withdraw_local(self, model: str) -> bool:
+        """Forget the name at once. What runs through an adapter ends in its time, what whole weights run is cut off."""
+        served = self._served.get(model)
+        if served is None or not served.lineage:
+            return False
+        if served.adapter:
+            del self._served[model]
+            served.model.engine.retire_adapter(served.adapter)
+            return True
+        if any(other.model is served.model and other.adapter for other in self._served.values()):
+            return False
+        del self._served[model], self._models[model]
+        await self._added.pop(model).aclose()
+        return True
+
+    async def serve_adapter(
+        self, name: str, base: str, folder: Path, lineage: Mapping[str, JsonValue] | None = None
+    ) -> ServedModel:
         """Serve the adapter in a folder under a name from now on; the same again is a success.
 
         The folder's path is absolute. Raises ``AlreadyExistsError`` where the name is taken, ``ConflictError`` where
@@ -119,11 +172,11 @@ class MetaReferenceInference(Inference):
             if known is None and name not in self._aliases:
                 model = self._models[base]
                 there = sum(served.model is model and served.adapter > 0 for served in self._served.values())
-                if there >= model.max_adapters:
+                if there >= model.config.max_adapters:
                     raise ConflictError(
-                        f"model {base!r} has {model.max_adapters} adapters, its max_adapters; remove one"
+                        f"model {base!r} has {model.config.max_adapters} adapters, its max_adapters; remove one"
                     )
-                known = _Served(model, await model.engine.add_adapter(str(folder)), folder)
+                known = _Served(model, await model.engine.add_adapter(str(folder)), folder, lineage or {})
                 self._served[name] = known
             elif known is None or (known.model.name, known.folder) != (base, folder):
                 raise AlreadyExistsError("model", name, param="adapter")
@@ -339,6 +392,7 @@ def _described(name: str, served: _Served, alias_of: str | None = None) -> Serve
     }
     if served.adapter:
         metadata["adapter_of"] = served.model.name
+    metadata |= served.lineage
     return ServedModel(
         model=name,
         kind=ModelKind.LLM,

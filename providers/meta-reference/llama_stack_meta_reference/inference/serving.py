@@ -5,8 +5,10 @@ This side needs no torch: it reads the tokenizer, and learns the rest from whoev
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -32,7 +34,23 @@ class LoadedModel:
     tokenizer: Tokenizer
     chat: ChatFormat
     engine: Engine
-    max_adapters: int
+    config: ModelConfig
+
+
+@asynccontextmanager
+async def running(name: str, config: ModelConfig) -> AsyncIterator[LoadedModel]:
+    """Load a model off the event loop and run its engine for the block. Raises as ``load`` does.
+
+    Whatever cuts the load short, its processes are ended.
+    """
+    async with AsyncExitStack() as opened:
+        workers = Workers(name, config) if config.process == "own" else None
+        if workers is not None:
+            opened.push_async_callback(asyncio.to_thread, workers.close)
+        model = await asyncio.to_thread(load, name, config, workers)
+        opened.push_async_callback(model.engine.stop)
+        model.engine.start()
+        yield model
 
 
 def load(name: str, config: ModelConfig, workers: Workers | None) -> LoadedModel:
@@ -75,4 +93,4 @@ def load(name: str, config: ModelConfig, workers: Workers | None) -> LoadedModel
         name=name,
     )
     logger.info("model %r: served after %.2f s", name, monotonic() - began)
-    return LoadedModel(name, facts, tokenizer, chat, engine, config.max_adapters)
+    return LoadedModel(name, facts, tokenizer, chat, engine, config)

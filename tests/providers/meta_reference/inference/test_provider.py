@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from llama_stack_meta_reference.config import ModelConfig
 from llama_stack_meta_reference.inference.engine import Engine
 from llama_stack_meta_reference.inference.executor import ModelFacts
 from llama_stack_meta_reference.inference.prompts import PromptEncoder
@@ -95,7 +96,9 @@ async def serving(
         weight_bytes=4 * config.parameter_count,
         cache_bytes=16 * engine.blocks * 4 * 2 * 2,
     )
-    loaded = LoadedModel("m", facts, tokenizer, ChatFormat(tokenizer), engine, max_adapters=1)
+    loaded = LoadedModel(
+        "m", facts, tokenizer, ChatFormat(tokenizer), engine, ModelConfig(checkpoint="m", max_adapters=1)
+    )
     encoder = encoder or PromptEncoder()
     engine.start()
     try:

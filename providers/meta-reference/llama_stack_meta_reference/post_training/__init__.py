@@ -1,0 +1,1 @@
+"""Post-training: jobs that outlive the server, the rows that they read, and serving what they make."""
