@@ -1,4 +1,5 @@
-"""What the core costs before it does anything: install size, the time of ``--help``, and a server with a stub provider.
+"""What the core costs before it does anything: install size, the time of ``--help``, and a server with a stub provider;
+and what fifty installed plugins add to it that nothing names.
 
     make bench-footprint
 
@@ -19,6 +20,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = 5
+PLUGINS = 50
+IMPORT_SECONDS = 0.1
+"""How long each of the plugins that nothing names would take to import."""
 HEAVY = ("numpy", "pandas", "torch")
 SERVER = f"""
 import sys
@@ -88,6 +92,17 @@ def server(python: Path) -> tuple[float, float, str]:
     return seconds, int(found[1]) / 1000, heavy
 
 
+def add_plugins(folder: Path) -> None:
+    """Install plugins that nothing names, each with a provider and a command, and each slow to import."""
+    packages = next(folder.glob("lib/python3*/site-packages"))
+    for number in range(PLUGINS):
+        (packages / f"slow_plugin_{number}.py").write_text(f"import time\ntime.sleep({IMPORT_SECONDS})\n")
+        info = packages / f"slow_plugin_{number}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: slow-plugin-{number}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[llama_stack]\nslow-{number} = slow_plugin_{number}\n")
+
+
 def main() -> None:
     """Print the table."""
     with tempfile.TemporaryDirectory() as folder:
@@ -96,14 +111,26 @@ def main() -> None:
         helps = [help_seconds(python) for _ in range(RUNS)]
         server(python)
         starts = [server(python) for _ in range(RUNS)]
+        add_plugins(Path(folder) / "venv")
+        help_seconds(python)
+        more_helps = [help_seconds(python) for _ in range(RUNS)]
+        server(python)
+        more_starts = [server(python) for _ in range(RUNS)]
+    median_help, median_start = statistics.median(helps), statistics.median(s for s, _, _ in starts)
     print(f"{'what':44} {'measured':>10} {'goal':>8}")
     rows = [
         ("core install, MB", f"{megabytes:.0f}", "70"),
         ("core install, packages", str(packages), "35"),
-        ("llama-stack --help, s", f"{statistics.median(helps):.2f}", "0.4"),
-        ("server with a stub, ready after, s", f"{statistics.median(s for s, _, _ in starts):.2f}", "1.2"),
+        ("llama-stack --help, s", f"{median_help:.2f}", "0.4"),
+        ("server with a stub, ready after, s", f"{median_start:.2f}", "1.2"),
         ("server with a stub, resident, MB", f"{statistics.median(m for _, m, _ in starts):.0f}", "80"),
         (f"of {', '.join(HEAVY)} imported", starts[-1][2], "none"),
+        (f"{PLUGINS} plugins more: --help, s", f"{statistics.median(more_helps) - median_help:+.2f}", "0.2"),
+        (
+            f"{PLUGINS} plugins more: ready after, s",
+            f"{statistics.median(s for s, _, _ in more_starts) - median_start:+.2f}",
+            "0.2",
+        ),
     ]
     for what, measured, goal in rows:
         print(f"{what:44} {measured:>10} {goal:>8}")
