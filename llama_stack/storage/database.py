@@ -10,14 +10,18 @@ import hashlib
 import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 from llama_stack.errors import StoreFailedError
 from llama_stack.storage.migrations import Migration, migrate
 
 if TYPE_CHECKING:
+    import sqlite3
+
     from sqlalchemy import TextClause
     from sqlalchemy.ext.asyncio import AsyncConnection
+
+T = TypeVar("T")
 
 BUSY_TIMEOUT_SECONDS = 30.0
 """How long a block waits for its turn to write, or for a free connection, before it is refused with 503."""
@@ -98,6 +102,9 @@ class Connections(Protocol):
     def reading(self) -> AbstractAsyncContextManager[AsyncConnection]:
         """A connection inside a read-only transaction."""
 
+    async def read_at_once(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """See ``Database.read_at_once``."""
+
     def writing(self, owner: str, *, frees_space: bool) -> AbstractAsyncContextManager[AsyncConnection]:
         """A connection inside a transaction that is committed, durably, when the block ends without an exception."""
 
@@ -171,6 +178,17 @@ class Database:
         ``StoreBusyError`` when no connection becomes free in 30 s.
         """
         return self._connections.reading()
+
+    async def read_at_once(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """What ``work`` returns, which is called in a thread with a connection of Python's ``sqlite3``.
+
+        It reads as in a ``read`` block, and the whole of it costs one way to a thread and back, where there each
+        statement costs several: for what must answer within a millisecond. A cancellation waits for the end of
+        ``work``. SQL gets its tables' names from ``expand``.
+
+        Raises ``StoreUnavailableError`` as ``read`` does, and ``RuntimeError`` where the database is not SQLite.
+        """
+        return await self._connections.read_at_once(work)
 
     @asynccontextmanager
     async def write(self, *, frees_space: bool = False) -> AsyncIterator[AsyncConnection]:

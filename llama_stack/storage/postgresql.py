@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Never
 
 from sqlalchemy import event, text
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -93,6 +93,10 @@ class PostgresqlConnections:
         async with transaction(self._reader) as connection:
             yield connection
             self._health.reachable = True
+
+    async def read_at_once(self, work: object) -> Never:
+        """There is no such thing here."""
+        raise RuntimeError("read_at_once is SQLite's, and the database is PostgreSQL: use read")
 
     @asynccontextmanager
     async def writing(self, owner: str, *, frees_space: bool) -> AsyncIterator[AsyncConnection]:

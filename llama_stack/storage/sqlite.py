@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from sqlalchemy import URL, event
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -21,7 +23,7 @@ from llama_stack.errors import (
     StoreTooNewError,
     StoreUnavailableError,
 )
-from llama_stack.storage.cancellation import in_thread, to_the_end
+from llama_stack.storage.cancellation import in_executor, in_thread, to_the_end
 from llama_stack.storage.database import Health
 from llama_stack.storage.files import sync_folder
 from llama_stack.storage.migrations import CORE_MIGRATIONS, CORE_OWNER
@@ -32,8 +34,14 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import ExceptionContext
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+T = TypeVar("T")
+
 READERS = 8
-"""Connections for reading; each is a thread, opened when it is first needed."""
+"""Connections for reading, and as many for ``read_at_once``; each is a thread, opened when it is first needed."""
+
+ALWAYS = ["PRAGMA foreign_keys = ON", "PRAGMA trusted_schema = OFF"]
+READING = [*ALWAYS, "PRAGMA query_only = ON"]
+"""What a connection is told when it is opened."""
 
 BALLAST_BYTES = 4 * 1024 * 1024
 """Kept beside the file and given up on a full disk, where otherwise even DELETE fails: its log needs room first."""
@@ -56,9 +64,14 @@ class SqliteConnections:
         self._health = health
         self._ballast = path.with_name(path.name + ".ballast")
         self._durable = durable
+        self._busy_timeout_seconds = busy_timeout_seconds
         self._turns = Turns(busy_timeout_seconds)
         self._writer = self._engine(busy_timeout_seconds, connections=1, is_writer=True)
         self._reader = self._engine(busy_timeout_seconds, connections=READERS, is_writer=False)
+        self._threads = ThreadPoolExecutor(READERS, thread_name_prefix="store")
+        self._of_thread = threading.local()
+        self._opened: list[sqlite3.Connection] = []
+        """The connections of those threads."""
 
     async def prepare(self) -> None:
         """Make the file if there is none. Raises ``StoreError`` and ``StoreTooNewError``, with the file untouched."""
@@ -104,6 +117,40 @@ class SqliteConnections:
         async with transaction(self._reader) as connection:
             yield connection
 
+    async def read_at_once(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """See ``Database.read_at_once``."""
+        return await in_executor(self._threads, self._read, work)
+
+    def _read(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        try:
+            connection: sqlite3.Connection | None = getattr(self._of_thread, "connection", None)
+            if connection is None:
+                connection = self._of_thread.connection = self._open_reader()
+            connection.execute("BEGIN")
+            try:
+                return work(connection)
+            finally:
+                connection.rollback()
+        except sqlite3.Error as error:
+            explained = self._explained(error, is_writer=False)
+            if explained is None:
+                raise
+            raise explained from error
+
+    def _open_reader(self) -> sqlite3.Connection:
+        # Not only its own thread may close it.
+        connection = sqlite3.connect(
+            self._path, timeout=self._busy_timeout_seconds, isolation_level=None, check_same_thread=False
+        )
+        try:
+            for pragma in READING:
+                connection.execute(pragma)
+        except BaseException:
+            connection.close()
+            raise
+        self._opened.append(connection)
+        return connection
+
     @asynccontextmanager
     async def writing(self, owner: str, *, frees_space: bool) -> AsyncIterator[AsyncConnection]:
         """See ``Database.write``. SQLite has one writer for the whole file, whoever the owner is."""
@@ -124,6 +171,9 @@ class SqliteConnections:
 
     async def close(self) -> None:
         """Close every connection; the last one moves the log into the file."""
+        await in_thread(self._threads.shutdown)
+        for connection in self._opened:
+            connection.close()
         await self._reader.dispose()
         await self._writer.dispose()
 
@@ -158,16 +208,15 @@ class SqliteConnections:
             max_overflow=0,
             pool_timeout=busy_timeout_seconds,
         )
-        pragmas = ["PRAGMA foreign_keys = ON", "PRAGMA trusted_schema = OFF"]
+        pragmas = READING
         if is_writer:
-            pragmas += [
+            pragmas = [
+                *ALWAYS,
                 "PRAGMA journal_mode = WAL",
                 f"PRAGMA synchronous = {'FULL' if self._durable else 'OFF'}",
                 "PRAGMA fullfsync = ON",
                 f"PRAGMA journal_size_limit = {WAL_LIMIT_BYTES}",
             ]
-        else:
-            pragmas += ["PRAGMA query_only = ON"]
 
         @event.listens_for(engine.sync_engine, "connect")
         def configure(connection: Any, record: object) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 from sqlalchemy import Column, Integer, MetaData, Table, Text, insert, inspect, select
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from llama_stack.errors import StoreBusyError, StoreError
+from llama_stack.errors import StoreBusyError, StoreError, StoreFailedError
 from llama_stack.storage import Database, Migration, Store, open_store
 from tests.storage.conftest import NOTES, bodies
 
@@ -117,6 +119,75 @@ async def test_a_read_block_cannot_write(notes: Database) -> None:
         async with notes.read() as connection:
             await connection.execute(notes.sql(INSERT), {"id": 1, "body": "smuggled"})
     assert await bodies(notes) == []
+
+
+async def test_what_is_read_at_once_is_one_state_and_sees_every_commit(notes: Database) -> None:
+    """It stands for a read block where a request must answer within a millisecond."""
+    sql = notes.expand("SELECT body FROM {notes} ORDER BY id")
+    loop = asyncio.get_running_loop()
+
+    def look(connection: sqlite3.Connection) -> list[list[str]]:
+        before = [body for (body,) in connection.execute(sql)]
+        asyncio.run_coroutine_threadsafe(add(notes, 2, "second"), loop).result()
+        return [before, [body for (body,) in connection.execute(sql)]]
+
+    if notes.dialect != "sqlite":
+        with pytest.raises(RuntimeError, match="use read"):
+            await notes.read_at_once(look)
+        return
+    await add(notes, 1, "first")
+    assert await notes.read_at_once(look) == [["first"], ["first"]]
+    assert await notes.read_at_once(lambda connection: connection.execute(sql).fetchall()) == [("first",), ("second",)]
+
+
+async def test_what_is_read_at_once_cannot_write_and_fails_alone(tmp_path: Path) -> None:
+    """A mistake in one provider's SQL must not reach the data, nor the next request on that thread."""
+    async with open_store("sqlite", tmp_path) as store:
+        notes = store.database("test.notes")
+        await notes.migrate(NOTES)
+        sql = notes.expand("INSERT INTO {notes} (id, body) VALUES (1, 'a')")
+        with pytest.raises(sqlite3.OperationalError, match="readonly"):
+            await notes.read_at_once(lambda connection: connection.execute(sql))
+        count = notes.expand("SELECT count(*) FROM {notes}")
+        assert await notes.read_at_once(lambda connection: connection.execute(count).fetchone()) == (0,)
+        assert store.healthy
+
+
+async def test_a_cancelled_caller_waits_for_what_is_read_at_once(tmp_path: Path) -> None:
+    """Whoever holds a lock around it would else give it back while the thread still looks."""
+    async with open_store("sqlite", tmp_path) as store:
+        notes = store.database("test.notes")
+        begun, may_end = threading.Event(), threading.Event()
+
+        def look(connection: sqlite3.Connection) -> None:
+            begun.set()
+            assert may_end.wait(10)
+            raise LookupError  # nobody hears of it, the log neither
+
+        task = asyncio.create_task(notes.read_at_once(look))
+        await asyncio.to_thread(begun.wait, 10)
+        for _ in range(3):
+            task.cancel()
+            await asyncio.sleep(0.01)
+        assert not task.done()
+        may_end.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+
+async def test_a_damaged_page_met_while_reading_at_once_stops_the_store(tmp_path: Path) -> None:
+    """The driver's error means the same as in a read block."""
+    async with open_store("sqlite", tmp_path) as store:
+        notes = store.database("test.notes")
+
+        def damaged(connection: sqlite3.Connection) -> None:
+            error = sqlite3.DatabaseError("database disk image is malformed")
+            error.sqlite_errorcode, error.sqlite_errorname = sqlite3.SQLITE_CORRUPT, "SQLITE_CORRUPT"
+            raise error
+
+        with pytest.raises(StoreFailedError, match="malformed"):
+            await notes.read_at_once(damaged)
+        assert not store.healthy
 
 
 async def test_many_readers_and_writers_at_once_lose_nothing(notes: Database) -> None:

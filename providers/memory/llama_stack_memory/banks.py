@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
@@ -44,18 +43,16 @@ from .batches import BatchedEmbedder
 from .config import MemoryConfig
 from .documents import Preparation, Prepared, refuse_repeats
 from .extraction import Extractor
-from .fusion import fuse
-from .interfaces import ChunkSettings, Embedder, Found, Values, Vectors
+from .interfaces import ChunkSettings, Embedder, Hit, Values, Vectors
+from .sought import Sought, sought
 from .tables import attribute_name
-from .words import ENOUGH, query_words
+from .words import query_words
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
 T = TypeVar("T")
 
-FUSED = 50
-"""How many hits each search gives to a hybrid one, where it was not asked for more."""
 MAX_FAULTS = 20
 
 
@@ -98,17 +95,6 @@ async def read_same_bank(connection: AsyncConnection, database: Database, bank: 
     return now
 
 
-class Search(Protocol):
-    """One state of one bank, to search in."""
-
-    async def by_vector(self, vector_D: Vectors, k: int, condition: Condition | None) -> list[Found]: ...
-    async def by_words(
-        self, words: Sequence[str], share: float, k: int, condition: Condition | None
-    ) -> list[Found]: ...
-    async def listed(self, k: int, condition: Condition | None) -> list[Found]: ...
-    async def texts(self, chunks: Sequence[int]) -> dict[int, tuple[str, str, str]]: ...
-
-
 class Chunks(Protocol):
     """Where chunks are stored and searched. What takes a ``connection`` is part of the caller's transaction.
 
@@ -125,7 +111,12 @@ class Chunks(Protocol):
     async def remove(self, connection: AsyncConnection, documents: Sequence[int]) -> None: ...
     async def written(self, bank: Bank, removed: Sequence[int], added: Sequence[tuple[int, Prepared]]) -> None: ...
     def dropped(self, bank: Bank) -> None: ...
-    def search(self, bank: Bank) -> AbstractAsyncContextManager[Search]: ...
+
+    async def find(self, bank: Bank, sought: Sought) -> list[Hit]:
+        """What is sought in the bank as it is now, best first.
+
+        Raises ``NotFoundError`` and ``ConflictError`` where it is no more.
+        """
 
 
 class DatabaseBanks(MemoryBanks):
@@ -284,21 +275,9 @@ class DatabaseBanks(MemoryBanks):
         return response
 
     async def _query(self, bank: Bank, request: QueryRequest, condition: Condition | None) -> QueryResponse:
-        words, vector_D = await self._sought(bank, request)
-        async with self._chunks.search(bank) as search:
-            wanted = request.k if words is None or vector_D is None else max(request.k, FUSED)
-            rankings = []
-            if vector_D is not None and vector_D.any():
-                rankings.append(await search.by_vector(vector_D, wanted, condition))
-            if words:
-                share = 0 if vector_D is None else ENOUGH
-                rankings.append(await search.by_words(words, share, wanted, condition))
-            if words is None and vector_D is None:
-                rankings.append(await search.listed(wanted, condition))
-            is_hybrid = words is not None and vector_D is not None
-            found = fuse(rankings, request.k) if is_hybrid else [hit for ranking in rankings for hit in ranking]
-            texts = await search.texts([hit.chunk for hit in found])
-        return QueryResponse(hits=[_hit(*texts[hit.chunk], hit.score) for hit in found])
+        words, vector_D = await self._terms(bank, request)
+        hits = await self._chunks.find(bank, sought(words, vector_D, request.k, condition))
+        return QueryResponse(hits=[_hit(hit) for hit in hits])
 
     async def preview(self, bank_uuid: str, documents: list[MemoryBankDocument]) -> AsyncIterator[DocumentChunk]:
         refuse_repeats(documents)
@@ -310,7 +289,7 @@ class DatabaseBanks(MemoryBanks):
             for c in chunks
         )
 
-    async def _sought(self, bank: Bank, request: QueryRequest) -> tuple[list[str] | None, Vectors | None]:
+    async def _terms(self, bank: Bank, request: QueryRequest) -> tuple[list[str] | None, Vectors | None]:
         """The words and the vector that are searched for. Raises ``InvalidRequestError`` for what has no meaning."""
         mode = request.mode
         if request.text is None and mode is QueryMode.KEYWORD:
@@ -493,8 +472,8 @@ def _invalid(pointer: str, detail: str) -> InvalidRequestError:
     return InvalidRequestError(f"{pointer.strip('/?')}: {detail}", faults=[FieldFault(pointer, "validation", detail)])
 
 
-def _hit(uuid: str, text: str, metadata: str, score: float) -> QueryHit:
-    return QueryHit(document_uuid=uuid, text=text, score=score, metadata=json.loads(metadata))
+def _hit(hit: Hit) -> QueryHit:
+    return QueryHit(document_uuid=hit.document, text=hit.text, score=hit.score, metadata=json.loads(hit.metadata))
 
 
 async def _each(items: Iterable[T]) -> AsyncIterator[T]:

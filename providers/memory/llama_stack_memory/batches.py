@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from time import perf_counter
 
 import numpy as np
 
@@ -11,7 +12,9 @@ from .chunking import chunk
 from .interfaces import Chunk, ChunkSettings, Embedder, Vectors
 
 BATCH_TEXTS = 32
-"""Texts embedded in one go; between two batches of a large request others get the embedder."""
+"""Texts that the model takes at a time."""
+TURN_SECONDS = 0.02
+"""How long a large request goes on from batch to batch before others get the embedder."""
 
 
 class BatchedEmbedder:
@@ -24,10 +27,23 @@ class BatchedEmbedder:
     async def embed(self, texts: Sequence[str]) -> Vectors:
         """The vectors of the texts, in order."""
         vectors = [np.empty((0, self.model.dimensions), np.float32)]
-        for first in range(0, len(texts), BATCH_TEXTS):
+        rest = range(0, len(texts), BATCH_TEXTS)
+        while rest:
             async with self._turn:
-                vectors.append(await asyncio.to_thread(self.model.embed, texts[first : first + BATCH_TEXTS]))
+                done = await asyncio.to_thread(self._embed_some, texts, rest)
+            vectors += done
+            rest = rest[len(done) :]
         return np.concatenate(vectors)
+
+    def _embed_some(self, texts: Sequence[str], firsts: Sequence[int]) -> list[Vectors]:
+        """The vectors of the batches that begin at ``firsts``, as many as fit a turn and one at least."""
+        done: list[Vectors] = []
+        ends = perf_counter() + TURN_SECONDS
+        for first in firsts:
+            done.append(self.model.embed(texts[first : first + BATCH_TEXTS]))
+            if perf_counter() > ends:
+                break
+        return done
 
     async def embed_query(self, text: str) -> Vectors:
         """The vector of a query; of one that is longer than the model reads, the mean of its pieces."""

@@ -24,7 +24,8 @@ def chunk(text: str, spans: Sequence[Span], settings: ChunkSettings) -> list[Chu
     fits, else with the last token. The next one begins with the first sentence (or else word) that starts among the
     last ``settings.overlap`` tokens of it. Every token is in some chunk.
     """
-    tokens = list(_cut(spans))
+    is_short = all(end - start <= LONGEST_TOKEN_CHARS for start, end in spans)  # as nearly always
+    tokens = spans if is_short else list(_cut(spans))
     starts = [start for start, _ in tokens]
     sentences = [bisect_left(starts, match.end()) for match in _SENTENCE_END.finditer(text)]
     chunks: list[Chunk] = []

@@ -60,5 +60,17 @@ class Found:
     score: float
 
 
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A chunk that a search found, as it is shown."""
+
+    document: str
+    """The document's id."""
+    text: str
+    metadata: str
+    """The document's, as JSON."""
+    score: float
+
+
 Values: TypeAlias = dict[str, Any]
 """Values for the named parameters of one statement."""

@@ -18,7 +18,8 @@ from llama_stack.storage import Database
 
 from .banks import Bank, read_same_bank
 from .documents import Prepared
-from .interfaces import Found, Values, Vectors
+from .interfaces import Found, Hit, Values, Vectors
+from .sought import ByVector, ByWords, Listed, Ranking, Sought
 from .tables import CHUNK_BITS, among_sql, select, words_and_size
 from .words import plain_words
 
@@ -163,6 +164,13 @@ class PgvectorChunks:
     def dropped(self, bank: Bank) -> None:
         """Nothing is kept here."""
 
+    async def find(self, bank: Bank, sought: Sought) -> list[Hit]:
+        """See ``banks.Chunks``."""
+        async with self.search(bank) as search:
+            found = sought.joined([await search.ranked(ranking, sought.condition) for ranking in sought.rankings])
+            texts = await search.texts([hit.chunk for hit in found])
+        return [Hit(*texts[hit.chunk], hit.score) for hit in found]
+
     @asynccontextmanager
     async def search(self, bank: Bank) -> AsyncIterator[PgvectorSearch]:
         """The bank as it is now. Raises ``NotFoundError`` and ``ConflictError`` where it is no more."""
@@ -173,13 +181,23 @@ class PgvectorChunks:
 
 
 class PgvectorSearch:
-    """See ``banks.Search``."""
+    """One state of one bank, to search in."""
 
     def __init__(self, database: Database, connection: AsyncConnection, bank: Bank, *, has_graph: bool = False) -> None:
         self._database = database
         self._connection = connection
         self._bank = bank
         self._has_graph = has_graph
+
+    async def ranked(self, ranking: Ranking, condition: Condition | None) -> list[Found]:
+        """What one ranking finds among the chunks of documents that meet the condition."""
+        match ranking:
+            case ByVector(vector_D, k):
+                return await self.by_vector(vector_D, k, condition)
+            case ByWords(words, share, k):
+                return await self.by_words(words, share, k, condition)
+            case Listed(k):
+                return await self.listed(k, condition)
 
     async def by_vector(self, vector_D: Vectors, k: int, condition: Condition | None) -> list[Found]:
         """The chunks most similar to a vector of length 1. All vectors in the bank have that length too."""

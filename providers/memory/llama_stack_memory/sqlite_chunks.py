@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import ceil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from llama_stack.apis.filters import Condition
 from llama_stack.apis.memory_banks import IndexKind
@@ -26,11 +25,14 @@ from llama_stack.storage.cancellation import in_thread
 
 from .banks import Bank, read_same_bank
 from .documents import Prepared
-from .interfaces import Found, Values, Vectors
-from .tables import CHUNK_BITS, among_sql, condition_sql, select
+from .interfaces import Found, Hit, Values, Vectors
+from .sought import ByVector, ByWords, Listed, Ranking, Sought
+from .tables import CHUNK_BITS, among_sql, condition_sql
 from .vectors import ExactIndex, HnswIndex, has_faiss
 
 if TYPE_CHECKING:
+    import sqlite3
+
     from sqlalchemy.ext.asyncio import AsyncConnection
 
 logger = logging.getLogger(__name__)
@@ -106,24 +108,20 @@ class SqliteChunks:
             rows = (await connection.execute(self._database.sql("SELECT * FROM {banks} ORDER BY id"))).all()
         for bank in [Bank(**row._mapping) for row in rows]:
             try:
-                async with self.search(bank):
-                    pass
+                index = self._index(bank)
+                async with index.lock:
+                    await self._bring_up(bank, index)
             except StackError as error:  # dropped meanwhile, or the store is in trouble, which a search will tell
                 logger.warning("bank %r is not loaded: %s", bank.uuid, error)
 
-    @asynccontextmanager
-    async def search(self, bank: Bank) -> AsyncIterator[SqliteSearch]:
-        """The bank as it is now. Raises ``NotFoundError`` and ``ConflictError`` where it is no more."""
+    async def find(self, bank: Bank, sought: Sought) -> list[Hit]:
+        """See ``banks.Chunks``."""
         index = self._index(bank)
-        async with index.lock, self._database.read() as connection:
-            try:
-                now = await read_same_bank(connection, self._database, bank)
-            except (NotFoundError, ConflictError):
-                self.dropped(bank)  # by another process perhaps, which cannot tell this one
-                raise
-            if index.revision != now.revision:
-                await self._bring_up(connection, now, index)
-            yield SqliteSearch(self._database, connection, bank, index.vectors)
+        search = partial(_find, self._database, bank, index, sought)
+        async with index.lock:
+            while (hits := await self._database.read_at_once(search)) is None:
+                await self._bring_up(bank, index)
+        return hits
 
     def _index(self, bank: Bank) -> _Index:
         if bank.id not in self._indexes:
@@ -133,57 +131,107 @@ class SqliteChunks:
             self._indexes[bank.id] = _Index(vectors)
         return self._indexes[bank.id]
 
-    async def _bring_up(self, connection: AsyncConnection, bank: Bank, index: _Index) -> None:
-        index.revision = _UNKNOWN  # a cancellation may leave it anywhere between
-        sql = self._database.sql
-        found = await connection.execute(
-            sql("SELECT id FROM {chunks} WHERE bank = :bank ORDER BY id"), {"bank": bank.id}
-        )
-        ids = np.array(found.scalars().all(), dtype=np.int64)
-        index.vectors.remove(np.setdiff1d(index.vectors.ids, ids))
-        missing = np.setdiff1d(ids, index.vectors.ids)
-        statement = sql(
-            "SELECT id, vector FROM {chunks} WHERE bank = :bank AND id BETWEEN :first AND :last ORDER BY id"
-        )
-        for start in range(0, len(missing), LOAD_ROWS):
-            wanted = missing[start : start + LOAD_ROWS]
-            values = {"bank": bank.id, "first": int(wanted[0]), "last": int(wanted[-1])}
-            rows = {row.id: row.vector for row in await connection.execute(statement, values)}
-            vectors = np.frombuffer(b"".join(rows[id] for id in wanted.tolist()), np.float32)
-            await in_thread(index.vectors.add, wanted, vectors.reshape(len(wanted), bank.dimensions))
-        index.revision = bank.revision
+    async def _bring_up(self, bank: Bank, index: _Index) -> None:
+        """Bring an index to the revision of its bank. Raises as ``find`` does."""
+        async with self._database.read() as connection:
+            try:
+                now = await read_same_bank(connection, self._database, bank)
+            except (NotFoundError, ConflictError):
+                self.dropped(bank)  # by another process perhaps, which cannot tell this one
+                raise
+            index.revision = _UNKNOWN  # a cancellation may leave it anywhere between
+            sql = self._database.sql
+            found = await connection.execute(
+                sql("SELECT id FROM {chunks} WHERE bank = :bank ORDER BY id"), {"bank": bank.id}
+            )
+            ids = np.array(found.scalars().all(), dtype=np.int64)
+            index.vectors.remove(np.setdiff1d(index.vectors.ids, ids))
+            missing = np.setdiff1d(ids, index.vectors.ids)
+            statement = sql(
+                "SELECT id, vector FROM {chunks} WHERE bank = :bank AND id BETWEEN :first AND :last ORDER BY id"
+            )
+            for start in range(0, len(missing), LOAD_ROWS):
+                wanted = missing[start : start + LOAD_ROWS]
+                values = {"bank": bank.id, "first": int(wanted[0]), "last": int(wanted[-1])}
+                rows = {row.id: row.vector for row in await connection.execute(statement, values)}
+                vectors = np.frombuffer(b"".join(rows[id] for id in wanted.tolist()), np.float32)
+                await in_thread(index.vectors.add, wanted, vectors.reshape(len(wanted), bank.dimensions))
+            index.revision = now.revision
 
 
-class SqliteSearch:
-    """See ``banks.Search``."""
+def _find(
+    database: Database, bank: Bank, index: _Index, sought: Sought, connection: sqlite3.Connection
+) -> list[Hit] | None:
+    """What is sought, or ``None`` where the index is not at the revision of the bank, or the bank is no more."""
+    sql = database.expand("SELECT id, revision FROM {banks} WHERE uuid = ?")
+    if connection.execute(sql, (bank.uuid,)).fetchone() != (bank.id, index.revision):
+        return None
+    return _Search(database, connection, bank, index.vectors, sought.condition).hits(sought)
+
+
+class _Search:
+    """One state of one bank, to search in among the chunks of documents that meet a condition.
+
+    It blocks, so all of it is used in one thread.
+    """
 
     def __init__(
-        self, database: Database, connection: AsyncConnection, bank: Bank, vectors: ExactIndex | HnswIndex
+        self,
+        database: Database,
+        connection: sqlite3.Connection,
+        bank: Bank,
+        vectors: ExactIndex | HnswIndex,
+        condition: Condition | None,
     ) -> None:
         self._database = database
         self._connection = connection
         self._vectors = vectors
         self._bank = bank
+        self._condition = condition
 
-    async def by_vector(self, vector_D: Vectors, k: int, condition: Condition | None) -> list[Found]:
-        """The chunks most similar to a vector of length 1."""
-        documents = None if condition is None else await self._documents(condition)
-        ids, scores = await in_thread(_search, self._vectors, vector_D, k, documents)
+    def hits(self, sought: Sought) -> list[Hit]:
+        """What is sought, best first."""
+        found = sought.joined([self._ranked(ranking) for ranking in sought.rankings])
+        sql = self._database.expand(
+            "SELECT d.uuid, t.text, d.metadata FROM {texts} t, {documents} d WHERE t.rowid = ? AND d.id = ?"
+        )
+        hits = []
+        for hit in found:
+            (shown,) = self._connection.execute(sql, (hit.chunk, hit.chunk >> CHUNK_BITS))
+            document, text, metadata = shown
+            hits.append(Hit(document, text, metadata, hit.score))
+        return hits
+
+    def _ranked(self, ranking: Ranking) -> list[Found]:
+        match ranking:
+            case ByVector(vector_D, k):
+                return self._by_vector(vector_D, k)
+            case ByWords(words, share, k):
+                return self._by_words(words, share, k)
+            case Listed(k):
+                return self._listed(k)
+
+    def _by_vector(self, vector_D: Vectors, k: int) -> list[Found]:
+        is_allowed = None
+        if self._condition is not None:
+            values: Values = {"bank": self._bank.id}
+            where = condition_sql(self._condition, values)
+            rows = self._select(f"SELECT d.id FROM {{documents}} d WHERE d.bank = :bank AND {where}", values)
+            documents = np.fromiter((id for (id,) in rows), np.int64)
+            is_allowed = np.isin(self._vectors.ids >> CHUNK_BITS, documents)
+        ids, scores = self._vectors.search(vector_D, k, is_allowed)
         return [Found(*found) for found in zip(ids.tolist(), scores.tolist(), strict=True)]
 
-    async def by_words(self, words: Sequence[str], share: float, k: int, condition: Condition | None) -> list[Found]:
-        """The chunks that fit the words best by BM25; a chunk needs that share of them, and one at least."""
+    def _by_words(self, words: Sequence[str], share: float, k: int) -> list[Found]:
         least = ceil(share * len(words))
         values: Values = {"bank": self._bank.id, "match": _match(self._bank, words), "k": k}
         enough = self._enough(words, least, values) if least > 1 else ""
-        rows = await select(
-            self._connection,
-            self._database,
-            "SELECT rowid AS chunk, -bm25({texts}, 0.0, 1.0) AS score FROM {texts} WHERE {texts} MATCH :match"
-            f" {enough} {among_sql('rowid', condition, values)} ORDER BY score DESC, rowid LIMIT :k",
+        rows = self._select(
+            "SELECT rowid, -bm25({texts}, 0.0, 1.0) AS score FROM {texts} WHERE {texts} MATCH :match"
+            f" {enough} {among_sql('rowid', self._condition, values)} ORDER BY score DESC, rowid LIMIT :k",
             values,
         )
-        return [Found(row.chunk, row.score) for row in rows]
+        return [Found(chunk, score) for chunk, score in rows]
 
     def _enough(self, words: Sequence[str], least: int, values: Values) -> str:
         """SQL, from AND on, that holds for texts with ``least`` of the words; FTS5 only knows one of them, or all."""
@@ -192,41 +240,14 @@ class SqliteSearch:
         each = (f"SELECT rowid AS chunk FROM {{texts}} WHERE {{texts}} MATCH :{name}" for name in matches)
         return f"AND rowid IN (SELECT chunk FROM ({' UNION ALL '.join(each)}) GROUP BY chunk HAVING count(*) >= :least)"
 
-    async def listed(self, k: int, condition: Condition | None) -> list[Found]:
-        """The first chunks of the bank, in the order of their coming, with a score of 0."""
+    def _listed(self, k: int) -> list[Found]:
         values: Values = {"bank": self._bank.id, "k": k}
-        among = among_sql("id", condition, values)
-        rows = await select(
-            self._connection,
-            self._database,
-            f"SELECT id FROM {{chunks}} WHERE bank = :bank {among} ORDER BY id LIMIT :k",
-            values,
-        )
+        among = among_sql("id", self._condition, values)
+        rows = self._select(f"SELECT id FROM {{chunks}} WHERE bank = :bank {among} ORDER BY id LIMIT :k", values)
         return [Found(chunk, 0.0) for (chunk,) in rows]
 
-    async def texts(self, chunks: Sequence[int]) -> dict[int, tuple[str, str, str]]:
-        """For each chunk its document's id, its text, and the document's metadata as JSON."""
-        from sqlalchemy import bindparam
-
-        statement = self._database.sql(
-            "SELECT t.rowid, d.uuid, t.text, d.metadata FROM {texts} t"
-            f" JOIN {{documents}} d ON d.id = t.rowid >> {CHUNK_BITS} WHERE t.rowid IN :chunks"
-        ).bindparams(bindparam("chunks", expanding=True))
-        rows = await self._connection.execute(statement, {"chunks": list(chunks)})
-        return {id: (uuid, text, metadata) for id, uuid, text, metadata in rows}
-
-    async def _documents(self, condition: Condition) -> Sequence[int]:
-        values: Values = {"bank": self._bank.id}
-        where = condition_sql(condition, values)
-        return [
-            id
-            for (id,) in await select(
-                self._connection,
-                self._database,
-                f"SELECT d.id FROM {{documents}} d WHERE d.bank = :bank AND {where}",
-                values,
-            )
-        ]
+    def _select(self, sql: str, values: Values) -> list[tuple[Any, ...]]:
+        return self._connection.execute(self._database.expand(sql), values).fetchall()
 
 
 def _match(bank: Bank, words: Sequence[str]) -> str:
@@ -245,10 +266,3 @@ def _apply(vectors: ExactIndex | HnswIndex, removed: Sequence[int], added: Seque
     if added:
         ids = [(number << CHUNK_BITS) + np.arange(len(prepared.chunks)) for number, prepared in added]
         vectors.add(np.concatenate(ids), np.concatenate([prepared.vectors_CD for _, prepared in added]))
-
-
-def _search(
-    vectors: ExactIndex | HnswIndex, vector_D: Vectors, k: int, documents: Sequence[int] | None
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    is_allowed = None if documents is None else np.isin(vectors.ids >> CHUNK_BITS, documents)
-    return vectors.search(vector_D, k, is_allowed)
