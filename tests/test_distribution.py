@@ -505,7 +505,8 @@ def test_a_shipped_distribution_can_be_extended_by_name(tmp_path: Path) -> None:
     path = write(
         tmp_path,
         "version: 1\nname: mine\nextends: tiny\nserver: { port: 9000 }\ntools: []\n"
-        "providers: { inference: [], memory_banks: [], safety: [], agentic_system: [] }\n",
+        "providers: { inference: [], memory_banks: [], safety: [], agentic_system: [], datasets: [], post_training: [],"
+        " reward_scoring: [], synthetic_data_generation: [] }\n",
     )
     distribution = load_distribution(path, environ={}, registry=Registry([]))
     assert (distribution.name, distribution.server.port) == ("mine", 9000)

@@ -67,6 +67,9 @@ URL_FIELDS: dict[str, set[str]] = {
         "turn_history.steps.tool_responses.content.url",
     },
     "POST /datasets/create": {"dataset.content_url"},
+    "POST /datasets/read": {"dataset.content_url"},
+    "POST /datasets/hold": {"dataset.content_url"},
+    "POST /post_training/train_reward_model": {"dataset.content_url", "validation_dataset.content_url"},
     "POST /post_training/supervised_fine_tune/": {"dataset.content_url", "validation_dataset.content_url"},
     "POST /post_training/preference_optimize/": {
         "dataset.content_url",
@@ -110,6 +113,8 @@ def bodies(url: str) -> Iterator[tuple[str, dict[str, Any]]]:
             yield "/agentic_system/execute", asked
     dataset = {"columns": {"dialog": "dialog"}, "content_url": url, "metadata": {}}
     yield "/datasets/create", {"uuid": "d", "dataset": dataset}
+    yield "/datasets/read", {"dataset": dataset}
+    yield "/datasets/hold", {"user": "u", "dataset": dataset}
     training = {
         "job_uuid": "j", "dataset": dataset, "validation_dataset": dataset, "hyperparam_search_config": {},
         "logger_config": {},
@@ -122,6 +127,7 @@ def bodies(url: str) -> Iterator[tuple[str, dict[str, Any]]]:
     lora = {"lora_attn_modules": [], "apply_lora_to_mlp": False, "apply_lora_to_output": False, "rank": 1, "alpha": 1}
     tuned = {"model": "llama3_8b", "algorithm": "lora", "algorithm_config": lora}
     yield "/post_training/supervised_fine_tune/", training | tuned
+    yield "/post_training/train_reward_model", training | tuned
     dpo = {"reward_scale": 1.0, "reward_clip": 0.0, "epsilon": 0.1, "gamma": 0.0}
     aligned = {"finetuned_model": url, "algorithm": "dpo", "algorithm_config": dpo}
     yield "/post_training/preference_optimize/", training | aligned

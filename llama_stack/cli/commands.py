@@ -19,7 +19,7 @@ import click
 
 from .. import __version__
 from ..errors import DistributionError, StackError, nearest
-from .output import error, warning
+from .output import error
 
 if TYPE_CHECKING:
     from ..plugins import CommandSpec, Plugin
@@ -71,11 +71,8 @@ class Commands(click.Group):
         rows = [
             (name, command.get_short_help_str(60)) for name in _COMMANDS if (command := self.get_command(ctx, name))
         ]
-        for name, entry in sorted(_plugin_entries().items()):
-            try:
-                rows.append((name, _declared(entry)[1].help))
-            except StackError as fault:
-                warning(f"the command {name!r} cannot be used: {fault}")
+        # What a plugin says of its command is told by the command itself: finding it out would import the plugin.
+        rows += [(name, f"A command of {_package(entry)}.") for name, entry in sorted(_plugin_entries().items())]
         with formatter.section("Commands"):
             formatter.write_dl(rows)
 
@@ -126,10 +123,14 @@ def _plugin_entries() -> dict[str, EntryPoint]:
     return {entry.name: entry for entry in entry_points(group=GROUP) if entry.name not in _COMMANDS}
 
 
+def _package(entry: EntryPoint) -> str:
+    return entry.dist.name if entry.dist else "unknown package"
+
+
 def _declared(entry: EntryPoint) -> tuple[Plugin, CommandSpec]:
     from .. import plugins
 
-    package = entry.dist.name if entry.dist else "unknown package"
+    package = _package(entry)
     plugin = plugins.Plugin((entry.name,), package, entry.value, entry)
     for spec in plugins.load(plugin):
         if isinstance(spec, plugins.CommandSpec) and spec.name == entry.name:

@@ -268,6 +268,7 @@ def test_resources_of_the_core_are_named_by_the_requests() -> None:
         "POST /memory_banks/create",
         "POST /post_training/preference_optimize/",
         "POST /post_training/supervised_fine_tune/",
+        "POST /post_training/train_reward_model",
     }
 
 
@@ -293,6 +294,7 @@ def test_the_public_names_are_these() -> None:
         "Config",
         "Datasets",
         "Inference",
+        "InnerProvider",
         "MemoryBanks",
         "Models",
         "NoConfig",

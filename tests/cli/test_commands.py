@@ -157,14 +157,15 @@ def test_ctrl_c_ends_with_130_and_says_nothing() -> None:
 
 
 def test_a_plugin_brings_a_command(tmp_path: Path) -> None:
-    """Named in metadata, shown in the help by the plugin's words, and imported only when it is called."""
+    """Named in metadata, shown in the help by its package, and imported only when it is called."""
     modules = {"acme_plugin": COMMAND_PLUGIN, "acme_commands": COMMAND_MODULE}
     install(tmp_path, "acme-wave", modules, {"acme": "acme_plugin"})
     add_commands(tmp_path, "acme-wave", wave="acme_plugin")
     assert ran_process("wave", "you", site=tmp_path) == Ran(0, "hello you\n", "")
-    (tmp_path / "acme_commands.py").write_text("raise RuntimeError('heavy')")
+    for module in modules:
+        (tmp_path / f"{module}.py").write_text("raise RuntimeError('imported')")
     ran = ran_process("--help", site=tmp_path)
-    assert "Wave back." in ran.out
+    assert re.search(r"  wave +A command of acme-wave\.", ran.out)
     assert (ran.code, ran.err) == (0, "")
 
 
@@ -177,17 +178,14 @@ def test_a_plugin_brings_a_command(tmp_path: Path) -> None:
         (COMMAND_PLUGIN.replace("wave", "bow"), "names the command 'wave' and declares none of that name"),
     ],
 )
-def test_a_broken_plugin_is_a_warning_in_the_help_and_an_error_when_called(
+def test_a_broken_plugin_leaves_the_help_alone_and_is_an_error_when_called(
     tmp_path: Path, source: str, cause: str
 ) -> None:
     """One bad package must not take the other commands with it."""
     install(tmp_path, "acme-wave", {"acme_plugin": source}, {"acme": "acme_plugin"})
     add_commands(tmp_path, "acme-wave", wave="acme_plugin")
     ran = ran_process("--help", site=tmp_path)
-    assert (ran.code, "  run " in ran.out) == (0, True)
-    assert ran.err.startswith("warning: the command 'wave' cannot be used: ")
-    assert cause in ran.err
-    assert ran.err.count("\n") == 1
+    assert (ran.code, "  run " in ran.out, ran.err) == (0, True, "")
     ran = ran_process("wave", site=tmp_path)
     assert (ran.code, ran.out, ran.err[:7], ran.err.count("\n")) == (1, "", "error: ", 1)
     assert cause in ran.err

@@ -214,6 +214,9 @@ class RowReader:
         except BaseException:  # it is in the middle of something; otherwise it has written its last line, and ends
             with suppress(ProcessLookupError):
                 child.kill()
+            assert child.stdout is not None
+            while await child.stdout.read(CHUNK_BYTES):  # asyncio calls no child ended whose output nobody has read
+                pass
             raise
         finally:
             await child.wait()
