@@ -26,6 +26,7 @@ TEXT_TYPES = ("text/plain", "text/markdown")
 MEDIA_TYPES = (*TEXT_TYPES, *READERS)
 """What is read here."""
 SMALL_BYTES = 65_536
+_CHUNK_BYTES = 65_536
 """A text of that size is decoded where it is; some charsets take a second for a large one."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -111,6 +112,9 @@ class Extractor:
         if process is not None:
             with suppress(ProcessLookupError):
                 process.kill()
+            assert process.stdout is not None
+            while await process.stdout.read(_CHUNK_BYTES):  # asyncio calls no child ended whose output nobody has read
+                pass
             await process.wait()
 
 
