@@ -393,10 +393,10 @@ def load(plugin: Plugin, apis: Sequence[type[Api]] = APIS) -> tuple[Spec, ...]:
     Raises ``PluginLoadError`` for whatever is wrong with it, ``SystemExit`` at import included. Only an interrupt by
     the user passes.
     """
-    if plugin.loaded is None:
-        _check_version(plugin, _written_version(plugin))
+    if plugin.loaded is None and (written := _written_version(plugin)) is not None:
+        _check_version(plugin, written)
     module = plugin.loaded or _imported(plugin)
-    _check_version(plugin, getattr(module, _VERSION, None))
+    _check_version(plugin, getattr(module, _VERSION, ">=1.0,<2"))
     hooks = pluggy.PluginManager(GROUP)
     hooks.add_hookspecs(sys.modules[__name__])
     try:
@@ -469,7 +469,7 @@ def _written_version(plugin: Plugin) -> object:
     try:
         file = plugin.file or _source_of(plugin.target)
         tree = ast.parse(file.read_bytes()) if file is not None else None
-    except (OSError, SyntaxError, ValueError, ImportError):
+    except (OSError, SyntaxError, ValueError, ImportError, RecursionError, MemoryError):
         return None  # importing it says what is wrong
     for node in tree.body if tree is not None else ():
         names = [target.id for target in getattr(node, "targets", ()) if isinstance(target, ast.Name)]
@@ -494,8 +494,6 @@ def _source_of(target: str) -> Path | None:
 
 def _check_version(plugin: Plugin, declared: object) -> None:
     """A plugin that names no range was written for the first version."""
-    if declared is None:
-        declared = ">=1.0,<2"
     ours = ".".join(map(str, API_VERSION))
     clauses = [_CLAUSE.fullmatch(clause) for clause in declared.split(",")] if isinstance(declared, str) else [None]
     for clause in clauses:

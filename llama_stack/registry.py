@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
-from typing import Any, Generic, TypeVar, Union, cast, get_args, get_origin
+from typing import Any, Generic, TypeVar, Union, get_args, get_origin
 
 from . import __version__
 from .apis import APIS
@@ -122,7 +122,11 @@ class Registry:
 
     def api(self, name: str) -> type[Api]:
         """The contract of that name. Raises ``NotInstalledError`` or ``DuplicateProviderError``."""
-        return cast(ApiSpec, self._find((ApiSpec, name), f"API {name!r}").spec).api
+        return self.declared_api(name).spec.api
+
+    def declared_api(self, name: str) -> Installed[ApiSpec]:
+        """The contract of that name and the plugin that brings it. Raises as ``api`` does."""
+        return self._find((ApiSpec, name), f"API {name!r}")
 
     def provider(self, api: type[Api], name: str) -> Installed[ProviderSpec]:
         """The provider of that name for the API. Raises ``NotInstalledError`` or ``DuplicateProviderError``."""

@@ -30,6 +30,9 @@ def command(file: str, plugins_dir: Path | None) -> None:
     lock = make_lock(file, load_distribution(file, environ=os.environ, registry=known), known, os.environ)
     path = lock_path(file)
     part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(lock, indent=2) + "\n", encoding="utf-8")
-    part.replace(path)
+    try:
+        part.write_text(json.dumps(lock, indent=2) + "\n", encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise SetupError(f"{path} cannot be written: {error.strerror}") from error
     click.echo(f"{path}: {len(lock['plugins'])} plugins, {lock_digest(lock)}")

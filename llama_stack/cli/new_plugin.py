@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..apis import Api
 
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
+_LONGEST_NAME = 40
 _NOT_WRITTEN = 'raise NotProvidedError("this is not written yet")'
 
 _INFERENCE = '''\
@@ -82,10 +83,10 @@ entry-points.llama_stack.{name} = "llama_stack_{module}"
 
 _DISTRIBUTION = """\
 version: 1
-name: {name}
+name: "{name}"
 providers:
   {api}:
-    - provider: {name}
+    - provider: "{name}"
 """
 
 _README = """\
@@ -107,8 +108,11 @@ A provider of `{api}` for Llama Stack.
 @plugins_dir
 def command(name: str, api: str, single_file: bool, plugins_dir: Path | None) -> None:
     """Write a plugin that installs, passes the conformance kit and runs: the folder llama-stack-NAME."""
-    if not _NAME.fullmatch(name):
-        raise click.BadParameter("use lowercase letters, digits and single dashes, a letter first", param_hint="NAME")
+    if not _NAME.fullmatch(name) or len(name) > _LONGEST_NAME:
+        raise click.BadParameter(
+            f"use lowercase letters, digits and single dashes, a letter first, at most {_LONGEST_NAME}",
+            param_hint="NAME",
+        )
     contract = registry(plugins_dir).api(api)
     module = name.replace("-", "_")
     values = {"name": name, "api": api, "module": module, "cls": "".join(map(str.capitalize, name.split("-")))}
@@ -123,7 +127,10 @@ def command(name: str, api: str, single_file: bool, plugins_dir: Path | None) ->
     folder = Path(f"llama-stack-{name}")
     if folder.exists():
         raise click.UsageError(f"{folder} exists already")
-    (folder / "tests").mkdir(parents=True)
+    try:
+        (folder / "tests").mkdir(parents=True)
+    except OSError as error:
+        raise click.UsageError(f"{folder} cannot be made: {error.strerror}") from error
     for path, text in {
         f"llama_stack_{module}.py": source,
         "pyproject.toml": _PROJECT.format(**values, major=major, minor=minor),
@@ -141,6 +148,8 @@ def _write(path: Path, text: str) -> None:
             file.write(text)
     except FileExistsError:
         raise click.UsageError(f"{path} exists already") from None
+    except OSError as error:
+        raise click.UsageError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def _source(contract: type[Api], values: dict[str, str]) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ def make_lock(
     return {
         "version": LOCK_VERSION,
         "llama_stack": __version__,
-        "plugins": {_label(plugin): _described(plugin) for plugin in used_plugins(distribution, registry)[0]},
+        "plugins": _plugins(used_plugins(distribution, registry)[0]),
         "config": f"sha256:{hashlib.sha256(text.encode()).hexdigest()}",
     }
 
@@ -122,8 +122,17 @@ def _label(plugin: Plugin) -> str:
     return plugin.file.name if plugin.file is not None else plugin.package
 
 
-def _described(plugin: Plugin) -> dict[str, str]:
-    return {"version": plugin.version, "contents": f"sha256:{_contents(plugin)}"}
+def _plugins(plugins: Iterable[Plugin]) -> dict[str, dict[str, str]]:
+    """Each package with its version and a hash of all its plugins that are used."""
+    by_label: dict[str, list[Plugin]] = {}
+    for plugin in plugins:
+        by_label.setdefault(_label(plugin), []).append(plugin)
+    found = {}
+    for label, same in by_label.items():
+        contents = sorted({_contents(plugin) for plugin in same})
+        whole = contents[0] if len(contents) == 1 else hashlib.sha256("".join(contents).encode()).hexdigest()
+        found[label] = {"version": same[0].version, "contents": f"sha256:{whole}"}
+    return found
 
 
 def _contents(plugin: Plugin) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from ..errors import DuplicateProviderError, NotInstalledError, PluginError
+from ..inner import inner_providers
 from ..plugins import Plugin
 from ..registry import CORE, Installed, Registry
 from .models import Distribution
@@ -68,11 +69,29 @@ def used_plugins(distribution: Distribution, registry: Registry) -> tuple[list[P
 
 def _looked_up(distribution: Distribution, registry: Registry) -> Iterator[Callable[[], Installed[Any]]]:
     for name, entries in distribution.providers.items():
+        yield partial(registry.declared_api, name)
         for entry in entries:
-            yield lambda name=name, entry=entry: registry.provider(registry.api(name), entry.provider)  # type: ignore[misc]
+            yield from _providers(registry, name, entry.provider, entry.config)
     yield from (partial(registry.tool, tool.tool) for tool in distribution.tools)
     yield from (partial(registry.face, face.face) for face in distribution.faces)
     yield from (partial(registry.middleware, layer.middleware) for layer in distribution.middleware)
+
+
+def _providers(
+    registry: Registry, api: str, provider: str, config: Mapping[str, Any]
+) -> Iterator[Callable[[], Installed[Any]]]:
+    """A provider, and those behind it, however deep."""
+    yield lambda: registry.provider(registry.api(api), provider)
+    try:
+        read = registry.provider(registry.api(api), provider).spec.config.read(config)
+    except (
+        NotInstalledError,
+        DuplicateProviderError,
+        ValueError,
+    ):  # the first is told of; a config is check's to judge
+        return
+    for inner in inner_providers(read):
+        yield from _providers(registry, api, inner.provider, inner.config)
 
 
 def _package(requirement: str) -> str:

@@ -185,6 +185,20 @@ def test_a_start_that_is_not_as_locked_is_refused_with_what_changed(
     assert "llama-stack lock" in ran.err
 
 
+def test_what_stands_behind_a_provider_is_locked_and_installed_too(tmp_path: Path, run: Run) -> None:
+    """An upgrade of a provider that only a wrapper names changes what runs."""
+    file = tmp_path / "stack.yaml"
+    inner = '{provider: remote, id: ID, config: {url: "http://127.0.0.1:1"}}'
+    both = ", ".join(inner.replace("ID", name) for name in ("a", "b"))
+    file.write_text(
+        "version: 1\nname: small\nproviders:\n  inference:\n"
+        f"    - {{provider: fallback, config: {{providers: [{both}]}}}}\n"
+    )
+    assert run("lock", str(file)).code == 0
+    assert set(json.loads(lock_path(file).read_text())["plugins"]) == {"llama-stack-composition", "llama-stack-remote"}
+    assert "llama-stack-remote==" in run("install", str(file)).out
+
+
 def test_what_is_shipped_is_not_locked_in_its_own_folder(run: Run) -> None:
     """The folder of an installed package is no place for an operator's file."""
     ran = run("lock", "tiny")

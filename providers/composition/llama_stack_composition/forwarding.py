@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -98,24 +98,35 @@ class _Begun(AsyncIterator[Any]):
 def watched(
     items: AsyncIterator[Any], seen: Callable[[Any], None], ended: Callable[[BaseException | None], None]
 ) -> AsyncIterator[Any]:
-    """The items, each shown to ``seen``; ``ended`` hears how they ended, or not at all where the reader left."""
+    """The items, each shown to ``seen``; ``ended`` hears how they ended, or nothing where the reader left."""
+    return _Watched(items, seen, ended)
 
-    async def each() -> AsyncGenerator[Any, None]:
+
+class _Watched(AsyncIterator[Any]):
+    """No generator: closing one that was not begun runs none of it, and what is behind would stay open."""
+
+    def __init__(
+        self,
+        items: AsyncIterator[Any],
+        seen: Callable[[Any], None],
+        ended: Callable[[BaseException | None], None],
+    ) -> None:
+        self._items, self._seen, self._ended = items, seen, ended
+
+    async def __anext__(self) -> Any:
         try:
-            async for item in items:
-                seen(item)
-                yield item
-        except GeneratorExit:
+            item = await anext(self._items)
+        except StopAsyncIteration:
+            self._ended(None)
             raise
         except Exception as error:
-            ended(error)
+            self._ended(error)
             raise
-        else:
-            ended(None)
-        finally:
-            await close(items)
+        self._seen(item)
+        return item
 
-    return each()
+    async def aclose(self) -> None:
+        await close(self._items)
 
 
 def _operation(operation: Operation, handle: Handle) -> Any:
