@@ -1,4 +1,4 @@
-"""The losses of preferences, against their formulas written out and numbers of trl's."""
+"""The losses of preferences, against their formulas written out in double precision."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ REFERENCE = torch.tensor([[-11.0, -12.0], [-31.0, -30.0], [-6.0, -5.0], [-50.0, 
 
 
 def by_hand(beta: float, epsilon: float, gamma: float) -> list[float]:
-    """Equation 7 of arXiv:2305.18290 with label smoothing, as trl's ``sigmoid`` loss has it, in double precision."""
+    """Equation 7 of arXiv:2305.18290 with label smoothing, in double precision."""
     losses = []
     for (chosen, rejected), (reference_chosen, reference_rejected) in zip(
         LOGS.double().tolist(), REFERENCE.double().tolist(), strict=True
