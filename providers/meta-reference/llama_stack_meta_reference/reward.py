@@ -22,6 +22,7 @@ from llama_stack.apis.reward_scoring import (
     ScoredMessage,
 )
 from llama_stack.errors import CheckpointError, InvalidRequestError, ModelNotFoundError
+from llama_stack.storage.cancellation import in_thread
 
 from .config import RewardConfig, RewardModelConfig
 from .llama.checkpoint import load_model, load_score, open_checkpoint
@@ -95,8 +96,8 @@ class LlamaRewards(RewardScoring):
         model = self._models.get(self._aliases.get(request.model, request.model))
         if model is None:
             raise ModelNotFoundError(request.model, [*self._models, *self._aliases])
-        async with self._turn:  # torch takes all cores for one anyway
-            scores = iter(await asyncio.to_thread(_scores, model, request))
+        async with self._turn:  # all cores work for one; it is held to the end of a thread whose client left
+            scores = iter(await in_thread(_scores, model, request))
         return RewardScoringResponse(
             scored_generations=[
                 KScoredPromptGenerations(

@@ -45,21 +45,27 @@ class Reader:
         self._offset = 0
 
     def more(self) -> list[Event]:
-        """What has been added since the last call, a megabyte of it at most; what is half written waits.
+        """What has been added since the last call, about a megabyte of it at most; what is half written waits.
 
-        Blocks on the disk. A line that a crash cut off is passed over.
+        Nothing only where there is nothing more. Blocks on the disk. A line that a crash cut off, and one longer than
+        any event, is passed over.
         """
         try:
             with self._path.open("rb") as file:
                 file.seek(self._offset)
-                read = file.read(_READ_BYTES)
+                while read := file.read(_READ_BYTES):
+                    whole = read[: read.rfind(b"\n") + 1]
+                    if not whole and len(read) == _READ_BYTES:
+                        whole = read  # in the middle of a line longer than any event
+                    if not whole:
+                        break
+                    self._offset += len(whole)
+                    file.seek(self._offset)
+                    if events := [event for line in whole.split(b"\n") if (event := _event(line)) is not None]:
+                        return events
         except FileNotFoundError:
-            return []
-        whole = read[: read.rfind(b"\n") + 1]
-        if not whole and len(read) == _READ_BYTES:
-            whole = read  # a line longer than any event
-        self._offset += len(whole)
-        return [event for line in whole.splitlines() if (event := _event(line)) is not None]
+            pass
+        return []
 
 
 def _event(line: bytes) -> Event | None:

@@ -108,6 +108,8 @@ def newest_valid(job: Path, pass_over: Callable[[CheckpointError], None]) -> Pat
 def save_checkpoint(job: Path, iters: int, fill: Callable[[Path], None], keep: int) -> Path:
     """Write the checkpoint after ``iters`` iterations; of the older ones, ``keep`` - 1 stay (0 = all)."""
     folder = job / CHECKPOINTS_FOLDER / checkpoint_name(iters)
+    for left in folder.parent.glob(f"*{_PART}"):  # of saves that were cut off; only one process works in a job
+        shutil.rmtree(left, ignore_errors=True)
     write_folder(folder, iters, fill)
     if keep:
         # Only what is older: a newer one that was passed over will be written again.

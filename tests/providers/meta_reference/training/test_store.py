@@ -118,6 +118,17 @@ def test_a_copy_under_another_number_is_none(tmp_path: Path) -> None:
     assert newest_valid(tmp_path, lambda _: None) is None
 
 
+def test_what_a_save_left_that_was_cut_off_is_removed_by_the_next(tmp_path: Path) -> None:
+    """Each stop in the middle of one would otherwise leave a whole checkpoint's bytes for ever."""
+    save_checkpoint(tmp_path, 1, fill, keep=0)
+    left = tmp_path / "checkpoints" / "iters-00000007.part"
+    left.mkdir()
+    (left / "model.safetensors").write_text("half")
+    save_checkpoint(tmp_path, 2, fill, keep=0)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["iters-00000001", "iters-00000002"]
+
+
 def test_only_as_many_as_asked_stay(tmp_path: Path) -> None:
     for iters in range(1, 6):
         save_checkpoint(tmp_path, iters, fill, keep=2)
