@@ -10,11 +10,10 @@ list (a ``GET`` of lines) is the lists of all providers joined; and anything els
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from typing import Any, Protocol, TypeVar, cast
 
-from .apis.contract import Api, Operation, Shape, contract_of, operations
+from .apis.contract import Api, Operation, Shape, operations, other_methods
 from .apis.models import Models, ServedModel
 from .errors import AlreadyExistsError, ModelNotFoundError, NotFoundError, StackError
 
@@ -37,7 +36,7 @@ class Backend(Protocol):
 def route(contract: type[A], backends: Sequence[Backend]) -> A:
     """An implementation of ``contract`` over these providers; at least one is given."""
     forwards = {op.name: _single(op.name) if len(backends) == 1 else _dispatch(op) for op in operations(contract)}
-    for name in _other_methods(contract):
+    for name in other_methods(contract):
         forwards[name] = _single(name) if len(backends) == 1 else _joined(name)
     for name, forward in forwards.items():
         forward.__name__ = name
@@ -63,16 +62,6 @@ class ModelCatalog(Models):
         return _each(sorted(found, key=lambda model: model.model))
 
 
-def _other_methods(contract: type[Api]) -> list[str]:
-    """The contract's coroutine methods that are no HTTP operations, such as ``models``."""
-    listed = {op.name for op in operations(contract)}
-    return [
-        name
-        for name, member in inspect.getmembers(contract_of(contract), inspect.iscoroutinefunction)
-        if name not in listed and not name.startswith("_")
-    ]
-
-
 def _single(name: str) -> Callable[..., Any]:
     async def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return await getattr(self._backends[0].running(), name)(*args, **kwargs)
@@ -93,11 +82,9 @@ def _joined(name: str) -> Callable[..., Any]:
 
 
 def _dispatch(operation: Operation) -> Callable[..., Any]:
-    signature = inspect.signature(inspect.unwrap(getattr(operation.api, operation.name)))
-
     async def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         backends: Sequence[Backend] = self._backends
-        arguments = signature.bind(self, *args, **kwargs).arguments
+        arguments = operation.signature.bind(self, *args, **kwargs).arguments
         resource = operation.resource_of(arguments)
         if resource is None and operation.shape is Shape.LINES and operation.method == "GET":
             # each is asked before the first line: a list that ends early would look whole

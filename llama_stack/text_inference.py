@@ -60,14 +60,14 @@ class TextInference(Inference):
         self, request: ChatCompletionRequest
     ) -> ChatCompletionResponse | AsyncIterator[ChatCompletionResponseStreamChunk]:
         self._check(request.model)
-        chunks = self._chunks(request.dialog.messages, request)
+        chunks = _chunks(self.pieces(request.dialog.messages, request), request.max_tokens)
         return chunks if request.stream else await _whole(chunks)
 
     async def completion(
         self, request: CompletionRequest
     ) -> CompletionResponse | AsyncIterator[CompletionResponseStreamChunk]:
         self._check(request.model)
-        chunks = self._chunks([Message.user(request.content)], request)
+        chunks = _chunks(self.pieces([Message.user(request.content)], request), request.max_tokens)
         if request.stream:
             return _texts(chunks)
         whole = await _whole(chunks)
@@ -86,7 +86,7 @@ class TextInference(Inference):
 
         async def lines() -> AsyncGenerator[CompletionResponse, None]:
             for content in request.content_batch:
-                whole = await _whole(self._chunks([Message.user(content)], one(content)))
+                whole = await _whole(_chunks(self.pieces([Message.user(content)], one(content)), request.max_tokens))
                 yield CompletionResponse(content=whole.content, stop_reason=whole.stop_reason)
 
         return lines()
@@ -103,7 +103,7 @@ class TextInference(Inference):
                     available_tools=request.available_tools,
                     max_tokens=request.max_tokens,
                 )
-                yield await _whole(self._chunks(dialog.messages, one))
+                yield await _whole(_chunks(self.pieces(dialog.messages, one), request.max_tokens))
 
         return lines()
 
@@ -111,21 +111,20 @@ class TextInference(Inference):
         if model not in self.names:
             raise ModelNotFoundError(model, self.names)
 
-    async def _chunks(
-        self, messages: Sequence[Message], request: ChatCompletionRequest | CompletionRequest
-    ) -> AsyncGenerator[_Chunk, None]:
-        tokens = 0
-        async with aclosing(self.pieces(messages, request)) as pieces:
-            async for piece in pieces:
-                if isinstance(piece, ToolCall):
-                    yield _Chunk(text_delta="", tool_call=piece)
-                elif request.max_tokens and tokens == request.max_tokens:
-                    yield _Chunk(text_delta="", stop_reason=StopReason.MAX_TOKENS)
-                    return
-                else:
-                    tokens += 1
-                    yield _Chunk(text_delta=piece)
-        yield _Chunk(text_delta="", stop_reason=StopReason.FINISHED_OK)
+
+async def _chunks(made: AsyncGenerator[str | ToolCall, None], max_tokens: int) -> AsyncGenerator[_Chunk, None]:
+    tokens = 0
+    async with aclosing(made) as pieces:
+        async for piece in pieces:
+            if isinstance(piece, ToolCall):
+                yield _Chunk(text_delta="", tool_call=piece)
+            elif max_tokens and tokens == max_tokens:
+                yield _Chunk(text_delta="", stop_reason=StopReason.MAX_TOKENS)
+                return
+            else:
+                tokens += 1
+                yield _Chunk(text_delta=piece)
+    yield _Chunk(text_delta="", stop_reason=StopReason.FINISHED_OK)
 
 
 async def _whole(stream: AsyncGenerator[_Chunk, None]) -> ChatCompletionResponse:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import pytest
@@ -171,7 +172,7 @@ def test_an_interrupt_by_the_user_is_not_a_fault_of_the_plugin(site: Path) -> No
 @pytest.mark.parametrize("declared", [">=1.0,<2", ">=1", "==1.0", "<=1.0", "> 0.9 , < 1.5"])
 def test_a_plugin_may_say_which_interface_it_was_made_for(declared: str, site: Path) -> None:
     """One made for another interface is refused by its own word before it fails in a riddle."""
-    source = f"llama_stack_api_version = {declared!r}\n" + _dedented(SAFETY_PLUGIN.format(name="words"))
+    source = f"llama_stack_api_version = {declared!r}\n" + dedent(SAFETY_PLUGIN.format(name="words"))
     install(site, "acme", {"acme_made_for": source}, {"words": "acme_made_for"})
     [spec] = load(installed(site)[0])
     assert isinstance(spec, ProviderSpec)
@@ -281,12 +282,6 @@ def test_a_command_is_imported_when_it_is_called_and_not_before(site: Path) -> N
     assert "acme_command" not in sys.modules
     command: Any = spec.load()
     assert command() == "done"
-
-
-def _dedented(source: str) -> str:
-    from textwrap import dedent
-
-    return dedent(source)
 
 
 PAGE = (Path(__file__).parents[1] / "docs" / "plugins.md").read_text()

@@ -33,6 +33,9 @@ PACKAGES = (
 MODULES = (
     "llama_stack.apis.common",
     "llama_stack.apis.filters",
+    "llama_stack.children",
+    "llama_stack.cli.options",
+    "llama_stack.cli.output",
     "llama_stack.errors",
     "llama_stack.fetch",
     "llama_stack.inner",

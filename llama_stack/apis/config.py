@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from ..errors import listed, nearest
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]*$"
 """Names that are safe as a folder, a label and a part of a URL."""
@@ -53,6 +56,32 @@ class InnerProvider(Config):
     def name(self) -> str:
         """What it is called here."""
         return self.id or self.provider
+
+
+def checked_aliases(title: str, aliases: dict[str, str], names: Collection[str] | None) -> dict[str, str]:
+    """Aliases each of which stands for one of ``names``, and bears none of them.
+
+    For a validator of the model ``title``: what is wrong is refused at the line of its own alias. Without ``names``,
+    which were refused then, nothing is checked.
+    """
+    if names is None:
+        return aliases
+    faults = [
+        InitErrorDetails(type=PydanticCustomError("alias", "{cause}", {"cause": cause}), loc=(alias,), input=model)
+        for alias, model in aliases.items()
+        for cause in _alias_faults(alias, model, names)
+    ]
+    if faults:  # each at its own line, where a plain ValueError would stand at the first
+        raise ValidationError.from_exception_data(title, faults)
+    return aliases
+
+
+def _alias_faults(alias: str, model: str, names: Collection[str]) -> Iterator[str]:
+    if alias in names:
+        yield f"the alias {alias!r} is the name of a model; remove it, or rename the model"
+    elif model not in names:
+        hint = nearest(model, names)
+        yield f"the alias {alias!r} stands for {model!r}, which is none of the models{hint}; models: {listed(names)}"
 
 
 def server_url(url: str) -> str:

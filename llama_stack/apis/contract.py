@@ -117,6 +117,11 @@ class Operation:
         return f"{self.method} {self.path}"
 
     @cached_property
+    def signature(self) -> inspect.Signature:
+        """How the contract's method is called, ``self`` first."""
+        return inspect.signature(inspect.unwrap(getattr(self.api, self.name)))
+
+    @cached_property
     def result_adapter(self) -> TypeAdapter[Any]:
         """Validates and dumps the value, one line, or the whole reply."""
         return TypeAdapter(self.result)
@@ -262,6 +267,16 @@ def operations(api: type[Api]) -> tuple[Operation, ...]:
         found = tuple(_read(contract, name, f) for name, f in vars(contract).items() if hasattr(f, "__operation__"))
         contract._operations = found  # type: ignore[attr-defined]  # kept on the class: reading is done once
     return contract._operations  # type: ignore[attr-defined, no-any-return]
+
+
+def other_methods(api: type[Api]) -> list[str]:
+    """The contract's coroutine methods that are no HTTP operations, such as ``models``."""
+    listed = {operation.name for operation in operations(api)}
+    return [
+        name
+        for name, _ in inspect.getmembers(contract_of(api), inspect.iscoroutinefunction)
+        if name not in listed and not name.startswith("_")
+    ]
 
 
 def _operation(mark: _Mark) -> Callable[[_H], _H]:

@@ -86,11 +86,10 @@ def _remember(self: Any, connection: Connection) -> None:
 
 def _sent(operation: Operation) -> Callable[..., Any]:
     method = inspect.unwrap(getattr(operation.api, operation.name))
-    signature = inspect.signature(method)
 
     @wraps(method, updated=())  # without the marks that make it an operation of a contract, and abstract
     async def send(self: Any, *args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(self, *args, **kwargs)
+        bound = operation.signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
         return await self._connection.call(operation, bound.arguments)
 

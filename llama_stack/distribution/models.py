@@ -100,10 +100,10 @@ class PluginFilter(Config):
 
     def admits(self, *names: str) -> bool:
         """Whether a plugin known by these names may be imported; ``My_Plugin`` is ``my-plugin``, as pip has it."""
-        known = {_canonical(name) for name in names}
+        known = {canonical_name(name) for name in names}
         if self.allow is not None:
-            return not known.isdisjoint(map(_canonical, self.allow))
-        return known.isdisjoint(map(_canonical, self.deny))
+            return not known.isdisjoint(map(canonical_name, self.allow))
+        return known.isdisjoint(map(canonical_name, self.deny))
 
 
 class StorageConfig(Config):
@@ -207,6 +207,6 @@ class Distribution(Config):
     """Address, port and limits of the server."""
 
 
-def _canonical(name: str) -> str:
+def canonical_name(name: str) -> str:
     """The one spelling of a package's name (packaging.python.org, name normalization)."""
     return re.sub(r"[-_.]+", "-", name).lower()

@@ -13,7 +13,7 @@ from ..errors import DuplicateProviderError, NotInstalledError, PluginError
 from ..inner import inner_providers
 from ..plugins import Plugin
 from ..registry import CORE, Installed, Registry
-from .models import Distribution
+from .models import Distribution, canonical_name
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,6 @@ def _providers(
 
 
 def _package(requirement: str) -> str:
-    """The package that a requirement names, in the one spelling that all have (packaging.python.org)."""
+    """The package that a requirement names."""
     found = re.match(r"[A-Za-z0-9._-]+", requirement)
-    return re.sub(r"[-_.]+", "-", found.group() if found else "").lower()
+    return canonical_name(found.group()) if found else ""

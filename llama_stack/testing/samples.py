@@ -9,7 +9,6 @@ A contract's types say all that a sample needs, so a third party's API is exerci
 
 from __future__ import annotations
 
-import inspect
 import types
 from collections.abc import AsyncIterator, Callable, Iterable
 from datetime import UTC, datetime
@@ -20,7 +19,7 @@ from pydantic import AwareDatetime, BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from typing_extensions import TypeAliasType
 
-from ..apis.contract import Api, Operation, Shape, contract_of, operations
+from ..apis.contract import Api, Operation, Shape, operations, other_methods
 
 A = TypeVar("A", bound=Api)
 _MOMENT = datetime(2024, 7, 23, 12, 0, tzinfo=UTC)
@@ -50,18 +49,17 @@ def arguments(operation: Operation, *, is_full: bool = False) -> dict[str, Any]:
 def scripted(contract: type[A]) -> Callable[[], A]:
     """A provider class of the contract that records its ``calls`` and answers each with a full sample."""
     members: dict[str, Any] = {operation.name: _answer(operation) for operation in operations(contract)}
-    for name, method in inspect.getmembers(contract_of(contract), inspect.iscoroutinefunction):
-        if name not in members and getattr(method, "__isabstractmethod__", False):
+    for name in other_methods(contract):
+        method = getattr(contract, name)
+        if getattr(method, "__isabstractmethod__", False):
             members[name] = _other_answer(name, get_type_hints(method, include_extras=True)["return"])
     members["__init__"] = lambda self: setattr(self, "calls", [])
     return cast(Callable[[], A], type(f"Scripted{contract.__name__}", (contract,), members))
 
 
 def _answer(operation: Operation) -> Callable[..., Any]:
-    signature = inspect.signature(inspect.unwrap(getattr(operation.api, operation.name)))
-
     async def answer(self: Any, *args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(self, *args, **kwargs).arguments
+        bound = operation.signature.bind(self, *args, **kwargs).arguments
         del bound["self"]
         self.calls.append((operation.name, dict(bound)))
         if operation.shape is Shape.VOID:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from textwrap import dedent
 
 import httpx2
 import pytest
@@ -113,7 +114,7 @@ def test_a_requirement_is_a_package_and_no_option_of_pip(requirement: str, tmp_p
 def locked(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A distribution with a plugin of one file and a secret, and its lock."""
     (tmp_path / "plugins").mkdir()
-    (tmp_path / "plugins" / "gate.py").write_text(_dedented(SAFETY_PLUGIN.format(name="gate")))
+    (tmp_path / "plugins" / "gate.py").write_text(dedent(SAFETY_PLUGIN.format(name="gate")))
     file = tmp_path / "stack.yaml"
     file.write_text(
         "version: 1\nname: locked\nplugins_dir: plugins\nproviders:\n"
@@ -226,9 +227,3 @@ def _append(file: Path, text: str) -> None:
 
 def _replace(file: Path, old: str, new: str) -> None:
     file.write_text(file.read_text().replace(old, new, 1))
-
-
-def _dedented(source: str) -> str:
-    from textwrap import dedent
-
-    return dedent(source)

@@ -79,7 +79,8 @@ class RefusesTooLate(Honest):
         return await super().chat_completion(request)
 
     async def _late(self, request: ChatCompletionRequest) -> AsyncIterator[Any]:
-        async for chunk in self._chunks(request.dialog.messages, request):
+        served = request.model_copy(update={"model": MODEL})
+        async for chunk in await super().chat_completion(served):  # type: ignore[union-attr]
             yield chunk
 
 

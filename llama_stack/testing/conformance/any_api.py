@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from ...apis import Operation, Shape
+from ...apis import Api, Operation, Shape, operations
 from ...apis.common import Schema
 from ...client.connection import encode
 from ...errors import RequestError, ServiceError, StackError, UpstreamError
@@ -17,8 +17,22 @@ from .subject import Subject
 _PROBLEM = "application/problem+json"
 
 
-def checks(operation: Operation) -> Iterator[Check]:
-    """The checks of one operation."""
+def checks(api: type[Api]) -> Iterator[Check]:
+    """The checks of an API."""
+    rule = "A start and a stop leave no thread, no open file, no process and no task behind."
+    yield Check(api, f"{api.name}.it_starts_and_stops_without_leaving_anything", rule, _starts_and_stops)
+    for operation in operations(api):
+        yield from _checks_of(operation)
+
+
+async def _starts_and_stops(subject: Subject) -> None:
+    if subject.start_and_stop is None:
+        raise Skipped("the server is not this process's to stop")
+    left = await subject.start_and_stop()
+    assert not left, f"left behind: {', '.join(left)}"
+
+
+def _checks_of(operation: Operation) -> Iterator[Check]:
     name = f"{operation.api.name}.{operation.name}"
     yield Check(
         operation.api,

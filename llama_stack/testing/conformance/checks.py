@@ -16,7 +16,7 @@ from enum import StrEnum
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from ...apis import APIS, Api, operations
+from ...apis import APIS, Api
 from ...apis.contract import contract_of
 from ...errors import NotProvidedError, StackError
 
@@ -94,8 +94,8 @@ def checks_for(api: type[Api], *, of_server: bool = False) -> list[Check]:
         except ModuleNotFoundError as error:
             if error.name != f"{__package__}.{api.name}":
                 raise
-    derived = [found for operation in operations(api) for found in any_api.checks(operation)]
-    return [*_BY_API.get(contract_of(api), ()), *(found for found in derived if of_server or not found.is_of_server)]
+    derived = (found for found in any_api.checks(api) if of_server or not found.is_of_server)
+    return [*_BY_API.get(contract_of(api), ()), *derived]
 
 
 async def run_check(found: Check, subject: Subject) -> Outcome:

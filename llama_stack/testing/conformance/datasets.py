@@ -19,7 +19,6 @@ from ...apis.datasets import (
 )
 from ...errors import AlreadyExistsError, ConflictError, InvalidRequestError, NotFoundError, NotProvidedError
 from .checks import Skipped, check, everything, refused
-from .inference import starts_and_stops
 from .subject import Subject
 
 _KINDS: dict[ColumnKind, Any] = {
@@ -169,9 +168,3 @@ async def a_dataset_in_use_is_not_deleted(subject: Subject) -> None:
                 with suppress(NotProvidedError):
                     await datasets.release(ReleaseDatasetsRequest(user=user))
         await datasets.delete_dataset(uuid)
-
-
-@check(Datasets)
-async def it_starts_and_stops_without_leaving_anything(subject: Subject) -> None:
-    """A start and a stop leave no thread, no open file, no process and no task behind."""
-    await starts_and_stops(subject)

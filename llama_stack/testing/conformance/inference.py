@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...apis import Inference
-from ...apis.common import Dialog, Message, StopReason, ToolDefinition
+from ...apis.common import Dialog, Message, Schema, StopReason, ToolDefinition
 from ...apis.inference import (
     BatchChatCompletionRequest,
     BatchCompletionRequest,
@@ -49,6 +49,15 @@ async def _chat(subject: Subject, text: str, **more: Any) -> ChatCompletionRespo
 async def _chat_request(subject: Subject, text: str, **more: Any) -> ChatCompletionRequest:
     dialog = Dialog(message=Message.user(text))
     return ChatCompletionRequest(dialog=dialog, model=await subject.model(), **{"max_tokens": _LONG, **more})
+
+
+def _check_same(chunks: Sequence[Any], whole: CompletionResponse | ChatCompletionResponse, kind: type[Schema]) -> None:
+    """The chunks are of the kind, add up to the whole answer, and stop where it stops."""
+    assert all(isinstance(chunk, kind) for chunk in chunks)
+    _check_stops(chunks)
+    text = "".join(chunk.text_delta for chunk in chunks)
+    assert text == whole.content, f"streamed {text!r}, whole {whole.content!r}"
+    assert chunks[-1].stop_reason is whole.stop_reason, "the stream stopped for another reason"
 
 
 def _check_stops(chunks: Sequence[Any]) -> None:
@@ -98,11 +107,7 @@ async def a_streamed_completion_is_the_whole_one(subject: Subject) -> None:
     whole = await _completion(subject, _TEXTS[0])
     request = CompletionRequest(content=_TEXTS[0], model=await subject.model(), max_tokens=_LONG, stream=True)
     chunks = await everything(await subject.client.inference.completion(request))
-    assert all(isinstance(chunk, CompletionResponseStreamChunk) for chunk in chunks)
-    _check_stops(chunks)
-    text = "".join(chunk.text_delta for chunk in chunks)
-    assert text == whole.content, f"streamed {text!r}, whole {whole.content!r}"
-    assert chunks[-1].stop_reason is whole.stop_reason, "the stream stopped for another reason"
+    _check_same(chunks, whole, CompletionResponseStreamChunk)
 
 
 @check(Inference)
@@ -112,11 +117,7 @@ async def a_streamed_answer_is_the_whole_one(subject: Subject) -> None:
     chunks = await everything(
         await subject.client.inference.chat_completion(await _chat_request(subject, "Hello!", stream=True))
     )
-    assert all(isinstance(chunk, ChatCompletionResponseStreamChunk) for chunk in chunks)
-    _check_stops(chunks)
-    text = "".join(chunk.text_delta for chunk in chunks)
-    assert text == whole.content, f"streamed {text!r}, whole {whole.content!r}"
-    assert chunks[-1].stop_reason is whole.stop_reason, "the stream stopped for another reason"
+    _check_same(chunks, whole, ChatCompletionResponseStreamChunk)
 
 
 @check(Inference)
@@ -309,20 +310,6 @@ async def models_are_served_again_after_a_restart(subject: Subject) -> None:
     names = [model.model for model in await subject.models()]
     assert names == [model.model for model in before[0]], f"now {names}"
     assert (await _completion(subject, _TEXTS[0])).content == before[1].content, "the answer is another one"
-
-
-@check(Inference)
-async def it_starts_and_stops_without_leaving_anything(subject: Subject) -> None:
-    """A start and a stop leave no thread, no open file, no process and no task behind."""
-    await starts_and_stops(subject)
-
-
-async def starts_and_stops(subject: Subject) -> None:
-    """The same rule for every API. Raises ``Skipped`` for a server that is not ours."""
-    if subject.start_and_stop is None:
-        raise Skipped("the server is not this process's to stop")
-    left = await subject.start_and_stop()
-    assert not left, f"left behind: {', '.join(left)}"
 
 
 @check(Inference)

@@ -11,7 +11,6 @@ from ...apis import MemoryBanks
 from ...apis.memory_banks import MemoryBankDocument, QueryMode, QueryRequest
 from ...errors import AlreadyExistsError, ConflictError, InvalidRequestError, NotFoundError
 from .checks import check, everything, refused
-from .inference import starts_and_stops
 from .subject import Subject
 
 
@@ -166,9 +165,3 @@ async def a_filter_keeps_out_what_does_not_match(subject: Subject) -> None:
         assert found == {"rome"}, f"found {sorted(found)}"
         wrong = QueryRequest(bank_uuid=bank, text="capital", k=5, filter={"like": ["country", "i%"]})
         await refused(banks.query(wrong), InvalidRequestError)
-
-
-@check(MemoryBanks)
-async def it_starts_and_stops_without_leaving_anything(subject: Subject) -> None:
-    """A start and a stop leave no thread, no open file, no process and no task behind."""
-    await starts_and_stops(subject)

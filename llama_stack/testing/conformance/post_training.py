@@ -16,7 +16,6 @@ from ...apis.post_training import (
 )
 from ...errors import InvalidRequestError, NotFoundError
 from .checks import check, everything, refused
-from .inference import starts_and_stops
 from .subject import Subject
 
 _ROWS = "data:application/jsonl;base64,eyJ0ZXh0IjogIk9uZS4ifQp7InRleHQiOiAiVHdvLiJ9Cg=="
@@ -77,9 +76,3 @@ async def jobs_are_listed(subject: Subject) -> None:
     jobs = await everything(await subject.client.post_training.list_jobs())
     names = [job.job_uuid for job in jobs]
     assert len(set(names)) == len(names), "a job is listed twice"
-
-
-@check(PostTraining)
-async def it_starts_and_stops_without_leaving_anything(subject: Subject) -> None:
-    """A start and a stop leave no thread, no open file, no process and no task behind."""
-    await starts_and_stops(subject)

@@ -10,7 +10,6 @@ from ...apis.models import ModelKind
 from ...apis.reward_scoring import PromptGenerations, RewardScoringRequest, RewardScoringResponse
 from ...errors import ModelNotFoundError, NotFoundError
 from .checks import check, refused
-from .inference import starts_and_stops
 from .subject import Subject
 
 _ANSWERS = ("Oslo is the capital of Norway.", "I do not know.", "Bananas!")
@@ -75,9 +74,3 @@ async def an_alias_scores_as_its_model(subject: Subject) -> None:
             ]
             first, second = [await subject.client.reward_scoring.score(request) for request in asked]
             assert first == second, f"{model.model} scores otherwise than {model.alias_of}"
-
-
-@check(RewardScoring)
-async def it_starts_and_stops_without_leaving_anything(subject: Subject) -> None:
-    """A start and a stop leave no thread, no open file, no process and no task behind."""
-    await starts_and_stops(subject)

@@ -9,7 +9,6 @@ from ...apis.common import Message, ShieldConfig
 from ...apis.safety import RunShieldRequest, RunShieldResponse
 from ...errors import InvalidRequestError, NotFoundError, UnavailableError
 from .checks import Skipped, check, refused
-from .inference import starts_and_stops
 from .subject import Subject
 
 _DRAFT_SHIELDS = ("llama_guard", "prompt_guard", "code_guard")
@@ -99,9 +98,3 @@ async def long_and_odd_texts_are_judged(subject: Subject) -> None:
             body = {"messages": [message], "shield": {"shield_type": name, "params": {}}}
             reply = await subject.http.post("/safety/run_shield", json=body)
             assert reply.status_code in (200, 400, 413, 422), f"{name}: {reply.status_code} for {text[:20]!r}"
-
-
-@check(Safety)
-async def it_starts_and_stops_without_leaving_anything(subject: Subject) -> None:
-    """A start and a stop leave no thread, no open file, no process and no task behind."""
-    await starts_and_stops(subject)

@@ -67,23 +67,26 @@ class Subject:
         """An id that nothing else has."""
         return f"conformance-{word}-{self._run}-{next(self._numbers)}"
 
-    async def model(self, kind: ModelKind = ModelKind.LLM) -> str:
-        """A model of the kind. Raises ``Skipped`` where none is served."""
+    async def model(self, kind: ModelKind = ModelKind.LLM, *, is_anyones: bool = False) -> str:
+        """A model of the kind, of the provider that is tested or of anyone's. Raises ``Skipped`` without one."""
         if kind not in self._models:
-            served = [model for model in await self.models() if model.kind is kind]
+            served = [model for model in await self.models(is_anyones=is_anyones) if model.kind is kind]
             if not served:
                 raise Skipped(f"no model of kind {kind.value} is served")
             own = [model for model in served if model.alias_of is None]
             self._models[kind] = (own or served)[0].model
         return self._models[kind]
 
-    async def models(self) -> list[ServedModel]:
-        """The models that are served, of the provider that is tested. Raises ``Skipped`` where they are not listed."""
+    async def models(self, *, is_anyones: bool = False) -> list[ServedModel]:
+        """The models that are served, of the provider that is tested or of anyone's.
+
+        Raises ``Skipped`` where they are not listed.
+        """
         try:
             found = [model async for model in await self.client.models.list_models()]
         except StackError as error:
             raise Skipped(f"the models are not listed ({error.detail}); name one") from error
-        return [model for model in found if self.provider in (None, model.provider_id)]
+        return [model for model in found if is_anyones or self.provider in (None, model.provider_id)]
 
     async def restart(self) -> None:
         """Stop the server and start it on what it kept. Raises ``Skipped`` for one that is not ours to stop."""

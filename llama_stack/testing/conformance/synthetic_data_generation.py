@@ -16,7 +16,6 @@ from ...apis.synthetic_data_generation import (
 )
 from ...errors import AlreadyExistsError, ConflictError, ModelNotFoundError, NotFoundError
 from .checks import Skipped, check, everything, refused
-from .inference import starts_and_stops
 from .subject import Subject
 
 _PROMPTS = [Message.user("Say hello."), Message.user("What is the capital of Norway?")]
@@ -125,9 +124,3 @@ async def a_model_that_is_not_served_is_404(subject: Subject) -> None:
             reward_scoring=settings,
         )
         await refused(subject.client.synthetic_data_generation.generate(request), ModelNotFoundError, NotFoundError)
-
-
-@check(SyntheticDataGeneration)
-async def it_starts_and_stops_without_leaving_anything(subject: Subject) -> None:
-    """A start and a stop leave no thread, no open file, no process and no task behind."""
-    await starts_and_stops(subject)

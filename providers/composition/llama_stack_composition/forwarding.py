@@ -6,14 +6,13 @@ the common form, whose ``items`` are a stream that has already begun, so that wh
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 from llama_stack.apis import Api, Operation, Shape, operations
-from llama_stack.apis.contract import contract_of
+from llama_stack.apis.contract import other_methods
 
 A = TypeVar("A", bound=Api)
 
@@ -50,9 +49,7 @@ def forwarding(contract: type[A], handle: Handle, behind: Sequence[Api]) -> A:
     What is no operation, such as ``models``, is asked of all that stand ``behind``: lists are joined, each item once.
     """
     members: dict[str, Any] = {operation.name: _operation(operation, handle) for operation in operations(contract)}
-    for name, method in inspect.getmembers(contract_of(contract), inspect.iscoroutinefunction):
-        if name not in members and not name.startswith("_"):
-            members[name] = _joined(name, method, behind)
+    members |= {name: _joined(name, getattr(contract, name), behind) for name in other_methods(contract)}
     members["unready_reason"] = lambda self: _unready(behind)
     return cast(A, type(f"Forwarding{contract.__name__}", (contract,), members)())
 
@@ -130,10 +127,8 @@ class _Watched(AsyncIterator[Any]):
 
 
 def _operation(operation: Operation, handle: Handle) -> Any:
-    signature = inspect.signature(inspect.unwrap(getattr(operation.api, operation.name)))
-
     async def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(self, *args, **kwargs)
+        bound = operation.signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
         arguments = dict(bound.arguments)
         del arguments["self"]

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints, ValidationError, ValidationInfo, field_validator, model_validator
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic import Field, StringConstraints, ValidationInfo, field_validator, model_validator
 
 from llama_stack.apis import Config
 from llama_stack.apis.common import MAX_TOKENS, Id
-from llama_stack.errors import listed, nearest
+from llama_stack.apis.config import checked_aliases
 from llama_stack.fetch import FetchConfig
 
 
@@ -155,7 +154,7 @@ class RulesConfig(Config):
     @field_validator("aliases")
     @classmethod
     def _are_of_models(cls, aliases: dict[str, str], info: ValidationInfo) -> dict[str, str]:
-        return _check_aliases(cls.__name__, aliases, info.data.get("models"))
+        return checked_aliases(cls.__name__, aliases, info.data.get("models"))
 
 
 class JudgeModel(Config):
@@ -194,7 +193,7 @@ class JudgeConfig(Config):
     @field_validator("aliases")
     @classmethod
     def _are_of_models(cls, aliases: dict[str, str], info: ValidationInfo) -> dict[str, str]:
-        return _check_aliases(cls.__name__, aliases, info.data.get("models"))
+        return checked_aliases(cls.__name__, aliases, info.data.get("models"))
 
 
 class SyntheticDataConfig(Config):
@@ -224,24 +223,3 @@ class SyntheticDataConfig(Config):
     """How many answers a request may ask for: prompts times samples."""
     concurrency: int = Field(default=16, ge=1, le=1000)
     """How many answers are sampled at a time."""
-
-
-def _check_aliases(title: str, aliases: dict[str, str], models: Mapping[str, object] | None) -> dict[str, str]:
-    if models is None:  # refused already
-        return aliases
-    faults = [
-        InitErrorDetails(type=PydanticCustomError("alias", "{cause}", {"cause": cause}), loc=(alias,), input=model)
-        for alias, model in aliases.items()
-        for cause in _alias_faults(alias, model, models)
-    ]
-    if faults:  # each at its own line, where a plain ValueError would stand at the first
-        raise ValidationError.from_exception_data(title, faults)
-    return aliases
-
-
-def _alias_faults(alias: str, model: str, models: Mapping[str, object]) -> Iterator[str]:
-    if alias in models:
-        yield f"the alias {alias!r} is the name of a model; remove it, or rename the model"
-    elif model not in models:
-        hint = nearest(model, models)
-        yield f"the alias {alias!r} stands for {model!r}, which is none of the models{hint}; models: {listed(models)}"

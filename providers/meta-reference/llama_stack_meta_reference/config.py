@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints, ValidationError, ValidationInfo, field_validator
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic import Field, StringConstraints, ValidationInfo, field_validator
 
 from llama_stack.apis.common import Id
-from llama_stack.apis.config import Config
+from llama_stack.apis.config import Config, checked_aliases
 from llama_stack.errors import listed, nearest
 
 BUILTIN = "builtin:"
@@ -199,7 +197,7 @@ class RewardConfig(Config):
     @field_validator("aliases")
     @classmethod
     def _check_aliases(cls, aliases: dict[str, str], info: ValidationInfo) -> dict[str, str]:
-        return _checked_aliases(cls.__name__, aliases, set(info.data.get("models", aliases.values())))
+        return checked_aliases(cls.__name__, aliases, info.data.get("models"))
 
 
 class MetaReferenceConfig(Config):
@@ -233,26 +231,5 @@ class MetaReferenceConfig(Config):
     @classmethod
     def _check_aliases(cls, aliases: dict[str, str], info: ValidationInfo) -> dict[str, str]:
         models = info.data.get("models")
-        if models is None:  # refused already
-            return aliases
-        names = {*models, *(name for config in models.values() for name in config.adapters)}
-        return _checked_aliases(cls.__name__, aliases, names)
-
-
-def _checked_aliases(title: str, aliases: dict[str, str], names: Set[str]) -> dict[str, str]:
-    faults = [
-        InitErrorDetails(type=PydanticCustomError("alias", "{cause}", {"cause": cause}), loc=(alias,), input=model)
-        for alias, model in aliases.items()
-        for cause in _alias_faults(alias, model, names)
-    ]
-    if faults:  # each at its own line, where a plain ValueError would stand at the first
-        raise ValidationError.from_exception_data(title, faults)
-    return aliases
-
-
-def _alias_faults(alias: str, model: str, names: Set[str]) -> Iterator[str]:
-    if alias in names:
-        yield f"the alias {alias!r} is the name of a model; remove it, or rename the model"
-    elif model not in names:
-        hint = nearest(model, names)
-        yield f"the alias {alias!r} stands for {model!r}, which is none of the models{hint}; models: {listed(names)}"
+        adapters = [name for config in (models or {}).values() for name in config.adapters]
+        return checked_aliases(cls.__name__, aliases, models and {*models, *adapters})

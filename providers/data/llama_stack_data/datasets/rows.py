@@ -25,6 +25,7 @@ from typing_extensions import TypedDict
 
 from llama_stack.apis.common import URL, Attachment, Message
 from llama_stack.apis.datasets import ColumnKind
+from llama_stack.children import end_child
 from llama_stack.errors import InvalidRequestError, OverloadedError, UnreadableDocumentError
 
 if TYPE_CHECKING:
@@ -212,11 +213,7 @@ class RowReader:
                 await child.stdin.drain()
             yield child
         except BaseException:  # it is in the middle of something; otherwise it has written its last line, and ends
-            with suppress(ProcessLookupError):
-                child.kill()
-            assert child.stdout is not None
-            while await child.stdout.read(CHUNK_BYTES):  # asyncio calls no child ended whose output nobody has read
-                pass
+            await end_child(child)
             raise
         finally:
             await child.wait()

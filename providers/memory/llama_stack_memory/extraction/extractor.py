@@ -12,11 +12,12 @@ import json
 import re
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from email.message import Message
 from functools import lru_cache
 from pathlib import Path
 
+from llama_stack.children import end_child
 from llama_stack.errors import UnreadableDocumentError
 
 from ..config import DocumentLimits
@@ -26,7 +27,6 @@ TEXT_TYPES = ("text/plain", "text/markdown")
 MEDIA_TYPES = (*TEXT_TYPES, *READERS)
 """What is read here."""
 SMALL_BYTES = 65_536
-_CHUNK_BYTES = 65_536
 """A text of that size is decoded where it is; some charsets take a second for a large one."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -110,12 +110,7 @@ class Extractor:
     async def _end(self) -> None:
         process, self._process = self._process, None
         if process is not None:
-            with suppress(ProcessLookupError):
-                process.kill()
-            assert process.stdout is not None
-            while await process.stdout.read(_CHUNK_BYTES):  # asyncio calls no child ended whose output nobody has read
-                pass
-            await process.wait()
+            await end_child(process)
 
 
 @lru_cache(maxsize=256)

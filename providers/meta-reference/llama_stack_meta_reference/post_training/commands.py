@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -10,6 +9,9 @@ import time
 from typing import TYPE_CHECKING
 
 import click
+
+from llama_stack.cli.options import server_url
+from llama_stack.cli.output import show
 
 from .picture import Picture
 
@@ -22,51 +24,25 @@ _FRESH_SECONDS = 0.1
 """How often the picture is drawn at most."""
 
 
-def _address(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
-    from llama_stack.apis.config import server_url
-
-    try:
-        return server_url(value)
-    except ValueError as error:
-        raise click.BadParameter(str(error), ctx, parameter) from error
-
-
-_url = click.option(
-    "--url",
-    envvar="LLAMA_STACK_URL",
-    default="http://127.0.0.1:8321",
-    show_default=True,
-    show_envvar=True,
-    callback=_address,
-    metavar="URL",
-    help="The server to ask.",
-)
-
-
 @click.group(name="jobs")
 def jobs() -> None:
     """List, watch and cancel training jobs, and read their logs."""
 
 
 @jobs.command(name="list")
-@_url
+@server_url
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array of objects.")
 def list_jobs(url: str, as_json: bool) -> None:
     """List all jobs, newest first."""
     from llama_stack.client import Client
 
     with Client(url) as client:
-        rows = [{"job": job.job_uuid, "status": job.status.value} for job in client.post_training.list_jobs()]
-    if as_json:
-        click.echo(json.dumps(rows, indent=2))
-        return
-    width = max([3, *(len(row["job"]) for row in rows)])
-    for row in [{"job": "JOB", "status": "STATUS"}, *rows]:
-        click.echo(f"{_plain(row['job']).ljust(width)}  {row['status']}")
+        rows = [{"job": _plain(job.job_uuid), "status": job.status.value} for job in client.post_training.list_jobs()]
+    show(rows, ("job", "status"), as_json=as_json)
 
 
 @jobs.command(name="cancel")
-@_url
+@server_url
 @click.argument("job")
 def cancel(url: str, job: str) -> None:
     """End a job that waits or runs; it is failed then."""
@@ -78,7 +54,7 @@ def cancel(url: str, job: str) -> None:
 
 
 @jobs.command(name="logs")
-@_url
+@server_url
 @click.option("--follow", "-f", is_flag=True, help="Go on until the job has ended.")
 @click.argument("job")
 def logs(url: str, follow: bool, job: str) -> None:
@@ -91,7 +67,7 @@ def logs(url: str, follow: bool, job: str) -> None:
 
 
 @jobs.command(name="watch")
-@_url
+@server_url
 @click.argument("job")
 def watch(url: str, job: str) -> int:
     """Show how far a job is, how fast, and its loss, until it has ended.
